@@ -1,0 +1,305 @@
+"""What travels between the steps: sites, candidates, plans; and what a technique has to offer."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import onnx_graphsurgeon as gs
+
+from lowrank_onnx.errors import LowRankError
+from lowrank_onnx.linalg import Array
+
+KINDS = (
+    "linear",
+    "convolution",
+    "embedding",
+    "recurrent",
+    "attention",
+    "feedforward",
+    "tied",
+    "shared_input",
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Use:
+    """One place in the graph where a weight meets data.
+
+    Attributes:
+        node: Name of the node that reads the weight.
+        also: Names of the other nodes a replacement covers, such as the Add of a bias.
+        scope: Path of the subgraph; empty for the main graph.
+        input: Name of the data tensor that goes in.
+        output: Name of the tensor that comes out, behind the nodes in ``also``.
+        raw_output: What the weight node itself gives.
+        bias: (N,) constant that is added here; None without one.
+        dynamic_bias: Name of a tensor that is added here instead; empty without one.
+        input_shape, output_shape: At the shapes used; None where unknown.
+    """
+
+    node: str
+    also: tuple[str, ...]
+    scope: str
+    input: str
+    output: str
+    raw_output: str
+    bias: Array | None = None
+    dynamic_bias: str = ""
+    input_shape: tuple[int, ...] | None = None
+    output_shape: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """One constant weight, or a few that belong together, and the places where data meet it.
+
+    Attributes:
+        name: Name of the first node; unique in the model.
+        kind: The structure around it, one of ``KINDS``.
+        op: ONNX operator.
+        shape: Shape of the stored weight.
+        weight: The weight in the layout its kind defines (see ``sites/``); float16, 32 or 64.
+        uses: Every place; more than one means a shared weight, factorized once.
+        parameters: Elements of the stored weight (all weights of a compound site).
+        freed: Elements that leave the file when every use is replaced; 0 where somebody else reads it too.
+        macs: Multiply-accumulates of all uses in one run; None where a shape is unknown.
+        attributes: What the kind knows beyond: ``side`` of a linear constant, ``strides`` of a convolution.
+        parts: Names of the single sites a compound one covers.
+    """
+
+    name: str
+    kind: str
+    op: str
+    shape: tuple[int, ...]
+    weight: Array
+    uses: tuple[Use, ...]
+    parameters: int
+    freed: int
+    macs: int | None
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    parts: tuple[str, ...] = ()
+
+    @property
+    def covers(self) -> tuple[str, ...]:
+        """The single sites that are rewritten with this one: itself, or its parts."""
+        return self.parts or (self.name,)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """Sums over the calibration rows of one input tensor, divided by their number.
+
+    Where a compressed prefix delivers other inputs than the original, ``gram`` and ``mean`` are of what is
+    delivered (x̂, width K̂), and ``cross``, ``source_gram``, ``source_mean`` tell of the original (x, width K).
+
+    Attributes:
+        rows: Number of rows summed; padding is left out.
+        mean: (K̂,) E[x̂].
+        gram: (K̂, K̂) E[x̂ᵀ x̂], not centred.
+        cross: (K̂, K) E[x̂ᵀ x]; None where x̂ is x.
+        source_gram: (K, K) E[xᵀ x]; None where x̂ is x.
+        source_mean: (K,) E[x]; None where x̂ is x.
+    """
+
+    rows: int
+    mean: Array
+    gram: Array
+    cross: Array | None = None
+    source_gram: Array | None = None
+    source_mean: Array | None = None
+
+    def covariance(self) -> Array:
+        """(K̂, K̂) of x̂, centred."""
+        return self.gram - self.mean[:, None] * self.mean[None, :]
+
+
+Statistics = Mapping[str, Mapping[str, Any]]
+"""For every site and input tensor of it, the moments: ``statistics[site.name][use.input]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What one technique would do to one site; numbers only.
+
+    Attributes:
+        site: Name of the site.
+        technique: Name of the pass.
+        ranks: Rank per bond of the chain.
+        parameters: Elements of all factors, and of whatever constant the replacement adds.
+        macs: Multiply-accumulates in one run; None where a shape is unknown.
+        nodes: How many nodes the replacement adds.
+        weight_error: Relative Frobenius error of the weight.
+        output_error: Relative error of the site's output on the calibration data; None without data.
+        options: What ``factorize`` has to know beyond the ranks.
+    """
+
+    site: str
+    technique: str
+    ranks: tuple[int, ...]
+    parameters: int
+    macs: int | None
+    nodes: int
+    weight_error: float | None
+    output_error: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def error(self) -> float:
+        """The error to compare by: of the output where data were seen, else of the weight."""
+        return self.output_error if self.output_error is not None else float(self.weight_error or 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Choices, one per site at most, and the reason for every site left alone.
+
+    Attributes:
+        model: Digest of the model the plan was made for.
+        choices: The chosen candidates.
+        refusals: Site name to reason.
+        setting: What the factors depend on beyond the ranks: target, data, seed, options of the passes.
+    """
+
+    model: str
+    choices: tuple[Candidate, ...]
+    refusals: Mapping[str, str]
+    setting: Mapping[str, Any] = field(default_factory=dict)
+
+
+Factors = Mapping[str, Array]
+"""The constants of a replacement by role: ``first``, ``second``, ``bias``; in the dtype of the model."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replacement:
+    """Nodes to take out of one graph, and nodes to put in.
+
+    Attributes:
+        scope: Path of the subgraph; empty for the main graph.
+        remove: Names of the nodes that go.
+        nodes: The nodes that come, in any order; they read and write tensors by name.
+        reshaped: Tensors that stay but change their shape.
+    """
+
+    scope: str
+    remove: tuple[str, ...]
+    nodes: tuple[gs.Node, ...]
+    reshaped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """One technique. Its dataclass fields are its options, set by ``--technique name:option=value``.
+
+    Attributes:
+        name: As the command line says it.
+        kinds: The kinds of sites it takes.
+        reference: Where the method comes from.
+        default: Whether it takes part when no ``--technique`` is given.
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]]
+    reference: ClassVar[str]
+    default: ClassVar[bool] = True
+
+    @abstractmethod
+    def refuse(self, site: Site) -> str | None:
+        """Return why this technique does not take a site of one of its kinds; None if it does."""
+
+    @abstractmethod
+    def analyse(self, site: Site, moments: Mapping[str, Any] | None) -> Any:
+        """Do once per site what does not depend on the rank, such as the whitened spectrum.
+
+        Args:
+            site: A site that was not refused.
+            moments: Per input tensor of the site; None without data.
+        """
+
+    @abstractmethod
+    def ranks(self, site: Site, analysis: Any) -> Sequence[tuple[int, ...]]:
+        """The ranks to offer, on the grid of the provider and below break-even, rising."""
+
+    @abstractmethod
+    def candidate(self, site: Site, analysis: Any, ranks: tuple[int, ...]) -> Candidate:
+        """Tell cost and error of one choice."""
+
+    @abstractmethod
+    def factorize(self, site: Site, analysis: Any, candidate: Candidate) -> Factors:
+        """Compute the factors of one choice."""
+
+    @abstractmethod
+    def emit(self, site: Site, candidate: Candidate, factors: Factors) -> Sequence[Replacement]:
+        """Build the replacing nodes. Touches nothing."""
+
+    @abstractmethod
+    def spell_rank(self, site: Site, analysis: Any, wish: RankWish) -> tuple[int, ...] | str:
+        """Turn ``--rank`` into the ranks of one site, or say why it does not apply there."""
+
+    @abstractmethod
+    def check_ranks(self, site: Site, ranks: tuple[int, ...]) -> str | None:
+        """Return why ranks a person wrote do not suit a site; None if they do."""
+
+    @abstractmethod
+    def dense_equivalent(self, site: Site, candidate: Candidate, factors: Factors) -> Mapping[str, Array]:
+        """The stored weight, in the layout of ``site.weight``, that the factors multiply out to.
+
+        Returns:
+            ``weight``, and ``bias`` per use as ``bias:<node>`` where the factors change it.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class RankWish:
+    """``--rank``: exactly one of the fields is set.
+
+    Attributes:
+        absolute: The rank itself; clipped to full rank.
+        fraction: Share of full rank, in (0, 1].
+        energy: Share of the squared spectrum to keep, in (0, 1]; only where the factors are smaller.
+        selector: Name of a rule a pass offers.
+    """
+
+    absolute: int | None = None
+    fraction: float | None = None
+    energy: float | None = None
+    selector: str | None = None
+
+    def ranks(self, full: int) -> int:
+        """Rank for an absolute or fractional wish at a weight of full rank ``full``."""
+        wanted = self.absolute if self.absolute is not None else round((self.fraction or 0.0) * full)
+        return min(max(wanted, 1), full)
+
+
+def configure(kind: type[Pass], options: Mapping[str, str]) -> Pass:
+    """Make a pass with options given as text.
+
+    Raises:
+        LowRankError: The pass has no such option, or the text does not fit its type.
+    """
+    fields = {entry.name: entry for entry in dataclasses.fields(kind)}
+    values: dict[str, Any] = {}
+    for name, text in options.items():
+        if name not in fields:
+            known = ", ".join(fields) or "none"
+            raise LowRankError(f"technique '{kind.name}' has no option '{name}'; its options: {known}")
+        values[name] = _parse(kind.name, name, text, str(fields[name].type))
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise LowRankError(f"technique '{kind.name}': {error}") from error
+
+
+def _parse(technique: str, name: str, text: str, annotation: str) -> Any:
+    try:
+        if annotation == "bool":
+            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
+        return {"int": int, "float": float, "str": str}[annotation](text)
+    except (KeyError, ValueError) as error:
+        raise LowRankError(
+            f"option '{name}' of technique '{technique}' must be of type {annotation}, got '{text}'"
+        ) from error

@@ -1,0 +1,327 @@
+"""The command line. Every command calls the function of the same name and shows what it gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from lowrank_onnx import pipeline
+from lowrank_onnx.errors import LowRankError, TargetError
+from lowrank_onnx.model import check_output, load, save
+from lowrank_onnx.report import (
+    render_inspection,
+    render_terminal,
+    write_html,
+    write_inspection_html,
+    write_json,
+)
+from lowrank_onnx.runtime import PROVIDERS
+from lowrank_onnx.version import __version__
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+EXIT_TARGET = 3
+
+
+def _options(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+_target = _options(
+    click.option("--keep-params", type=float, metavar="F", help="Parameters after / before at most F."),
+    click.option("--keep-macs", type=float, metavar="F", help="Multiply-accumulates after / before at most F."),
+    click.option("--keep-size", type=float, metavar="F", help="File bytes after / before at most F."),
+    click.option("--speedup", type=float, metavar="X", help="Measured latency before / after at least X."),
+    click.option("--max-drop", type=float, metavar="D", help="Relative loss of the metric at most D.  [default: 0.01]"),
+    click.option("--rank", metavar="R", help="No search: 64, 0.25, energy=0.95, or a technique's selector."),
+)
+_calibrate = click.option(
+    "--calibrate", metavar="DATA", help="Representative inputs: .npz, folder of test_data_set_N, module:function."
+)
+_evaluate = click.option("--evaluate", metavar="DATA", help="Held-out inputs for the last line.")
+_metric = click.option("--metric", metavar="NAME", help="top1, psnr, ..., path.py:function. Fidelity without one.")
+_technique = click.option("--technique", multiple=True, metavar="NAME[:opt=value,...]", help="May repeat.")
+_filters = _options(
+    click.option("--include", multiple=True, metavar="GLOB", help="Only nodes of this name. May repeat."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="Not nodes of this name. May repeat."),
+)
+_mask = click.option("--mask", metavar="NAME", help="Input that is non-zero at real rows; padding does not count.")
+_runtime = _options(
+    click.option("--provider", type=click.Choice(list(PROVIDERS)), default="cpu", show_default=True),
+    click.option("--threads", type=click.IntRange(0), default=0, help="0: as many as there are cores."),
+    click.option("--shape", multiple=True, metavar="NAME=1,128", help="Fixes a dynamic input. May repeat."),
+)
+_seed = click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same bytes out.")
+_jobs = click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Local workers.")
+_json = click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="JSON report.")
+_overwrite = click.option("--overwrite", is_flag=True, help="Allow OUT and reports to exist.")
+_report = click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html", help="HTML report.")
+_out = click.option("-o", "--out", required=True, type=click.Path(path_type=Path), metavar="OUT")
+_model = click.argument("model", type=click.Path(path_type=Path))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="lowrank-onnx")
+def cli() -> None:
+    """Make an exported ONNX model smaller and faster by low-rank factorization, with measured proof."""
+
+
+@cli.command()
+@_model
+@_calibrate
+@_technique
+@_mask
+@_runtime
+@_seed
+@_jobs
+@_json
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="HTML page.")
+@_overwrite
+def inspect(model: Path, json_file: Path | None, html: Path | None, overwrite: bool, **options: Any) -> None:
+    """Show what MODEL is made of and how compressible each layer is."""
+    _check_reports(model, overwrite, ("--json", json_file), ("--html", html))
+    with _progress() as progress:
+        report = pipeline.inspect(model, progress=progress, **options)
+    render_inspection(report, _console())
+    if json_file is not None:
+        write_json(report, json_file)
+    if html is not None:
+        write_inspection_html(report, html)
+
+
+@cli.command()
+@_model
+@_out
+@_target
+@_calibrate
+@_evaluate
+@_metric
+@_technique
+@_filters
+@_mask
+@_runtime
+@_seed
+@_jobs
+@_report
+@_json
+@_overwrite
+def compress(
+    model: Path, out: Path, report: Path | None, json_file: Path | None, overwrite: bool, **options: Any
+) -> None:
+    """Write a smaller, faster MODEL to OUT, and prove it."""
+    target = check_output(out, load(model), overwrite)
+    _check_reports(model, overwrite, ("--report", report), ("--json", json_file))
+    with _progress() as progress:
+        result = pipeline.compress(model, progress=progress, **options)
+    _finish(result, target, report, json_file)
+
+
+@cli.command()
+@_model
+@_out
+@_target
+@_calibrate
+@_evaluate
+@_metric
+@_technique
+@_filters
+@_mask
+@_runtime
+@_seed
+@_jobs
+@_report
+@_json
+@_overwrite
+def plan(model: Path, out: Path, report: Path | None, json_file: Path | None, overwrite: bool, **options: Any) -> None:
+    """Decide what compress would do to MODEL, and write that down as JSON to read, edit and apply."""
+    target = check_output(out, load(model), overwrite)
+    _check_reports(model, overwrite, ("--report", report), ("--json", json_file))
+    with _progress() as progress:
+        result = pipeline.compress(model, progress=progress, **options)
+    write_json(result.plan, target)
+    _show(result.report, report, json_file)
+
+
+@cli.command()
+@_model
+@click.argument("plan", type=click.Path(path_type=Path))
+@_out
+@_calibrate
+@_evaluate
+@_metric
+@click.option("--threads", type=click.IntRange(0), default=0, help="0: as many as there are cores.")
+@click.option("--shape", multiple=True, metavar="NAME=1,128", help="Fixes a dynamic input. May repeat.")
+@_jobs
+@_report
+@_json
+@_overwrite
+def apply(
+    model: Path, plan: Path, out: Path, report: Path | None, json_file: Path | None, overwrite: bool, **options: Any
+) -> None:
+    """Carry out PLAN on MODEL; the plan may have been edited by hand."""
+    target = check_output(out, load(model), overwrite)
+    _check_reports(model, overwrite, ("--report", report), ("--json", json_file))
+    with _progress() as progress:
+        result = pipeline.apply(model, plan, progress=progress, **options)
+    _finish(result, target, report, json_file)
+
+
+@cli.command()
+@click.argument("reference", type=click.Path(path_type=Path))
+@click.argument("candidate", type=click.Path(path_type=Path))
+@_evaluate
+@_metric
+@_runtime
+@_seed
+@_report
+@_json
+@_overwrite
+def validate(
+    reference: Path, candidate: Path, report: Path | None, json_file: Path | None, overwrite: bool, **options: Any
+) -> None:
+    """Compare accuracy and speed of CANDIDATE with REFERENCE, side by side."""
+    _check_reports(reference, overwrite, ("--report", report), ("--json", json_file))
+    with _progress() as progress:
+        content = pipeline.validate(reference, candidate, progress=progress, **options)
+    _show(content, report, json_file)
+
+
+@cli.command()
+@click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL [MODEL ...]")
+@_evaluate
+@_runtime
+@_seed
+@click.option("--seconds", type=click.FloatRange(0.1), default=6.0, show_default=True, help="Time to spend.")
+@_json
+@_overwrite
+def benchmark(models: tuple[Path, ...], json_file: Path | None, overwrite: bool, **options: Any) -> None:
+    """Time models side by side, interleaved; speed-ups are against the first."""
+    _check_reports(models[0], overwrite, ("--json", json_file))
+    content = pipeline.benchmark(models, **options)
+    table = Table(title=_where(content["environment"]), title_justify="left")
+    for heading, justify in (("model", "left"), ("median ms", "right"), ("IQR", "right"), ("runs", "right")):
+        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("speed-up (95 %)", justify="right")
+    for row in content["models"]:
+        latency = row["latency_ms"]
+        speed = f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
+        cells = (row["path"], f"{latency['median']:.3f}", f"{latency['iqr']:.3f}", str(latency["runs"]), speed)
+        table.add_row(*cells)
+    _console().print(table)
+    if json_file is not None:
+        write_json(content, json_file)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON on standard output.")
+def passes(as_json: bool) -> None:
+    """List the techniques, the kinds of layers they take, their options and where they come from."""
+    rows = pipeline.passes()
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    console = _console()
+    for row in rows:
+        options = ", ".join(f"{name}={value}" for name, value in row["options"].items()) or "none"
+        console.print(f"[bold]{row['name']}[/]  {row['summary']}", highlight=False)
+        console.print(f"    kinds: {', '.join(row['kinds'])}; {'on' if row['default'] else 'off'} by default", highlight=False)
+        console.print(f"    options: {options}", highlight=False, markup=False)
+        console.print(f"    {row['reference']}", highlight=False, markup=False)
+
+
+def main() -> None:
+    """Run the command line; the entry point of the package."""
+    try:
+        cli(standalone_mode=False)
+    except TargetError as error:
+        _fail(str(error), EXIT_TARGET)
+    except LowRankError as error:
+        _fail(str(error), 1)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; nothing was written", 130)
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except MemoryError:
+        _fail("out of memory; use fewer calibration samples, or a machine with more memory", 1)
+
+
+def _fail(message: str, status: int) -> None:
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    sys.exit(status)
+
+
+def _finish(result: pipeline.Result, out: Path, report: Path | None, json_file: Path | None) -> None:
+    save(result.model, out, result.folder)
+    _show(result.report, report, json_file)
+    click.echo(f"wrote {out}")
+
+
+def _show(content: Mapping[str, Any], report: Path | None, json_file: Path | None) -> None:
+    render_terminal(content, _console())
+    if json_file is not None:
+        write_json(content, json_file)
+    if report is not None:
+        write_html({**content, "argv": " ".join(["lowrank-onnx", *sys.argv[1:]])}, report)
+
+
+def _check_reports(model: Path, overwrite: bool, *files: tuple[str, Path | None]) -> None:
+    """Find out that a report cannot be written before the work, not after it."""
+    for option, file in files:
+        if file is not None:
+            if file.exists() and model.exists() and file.samefile(model):
+                raise LowRankError(f"{option} '{file}' is the model itself; name another file")
+            check_output(file, None, overwrite or file.suffix in (".html", ".json"), option)
+
+
+def _where(environment: Mapping[str, Any]) -> str:
+    return (
+        f"onnxruntime {environment['onnxruntime']}, {environment['provider']}, {environment['device']}, "
+        f"{environment['threads']} threads"
+    )
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 100)
+
+
+@contextmanager
+def _progress() -> Iterator[pipeline.Progress | None]:
+    """A progress bar on standard error, if that is a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def told(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = bars.add_task(step, total=total)
+            bars.update(tasks[step], completed=done, total=total)
+
+        yield told
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,506 @@
+"""ONNX files: load, look up constants in every scope, count, save completely or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from lowrank_onnx.errors import ModelError
+
+Array = NDArray[Any]
+
+FLOAT_TYPES = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16})
+
+# Operators through which a weight may pass on its way to the node that uses it.
+_TRANSPARENT = frozenset({"Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten"})
+
+# Weight operators worth looking for inside model-local functions.
+_WEIGHT_OPS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "LSTM", "GRU", "RNN", "Gather"})
+
+_SINGLE_FILE_LIMIT = 2**31 - 2**24  # protobuf refuses 2 GiB; leave room for the graph itself
+_EXTERNAL_FROM = 1024  # bytes; smaller tensors stay in the model file, where shape inference needs them
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """One input slot that reads a tensor."""
+
+    scope: Scope
+    node: NodeProto
+    slot: int
+
+
+@dataclass(eq=False)
+class Scope:
+    """One graph or subgraph, and what it defines.
+
+    Attributes:
+        path: Empty for the main graph; ``node/attribute`` of the owner below it.
+        readers: For each tensor defined here, who reads it, in this scope or in one nested inside.
+    """
+
+    path: str
+    graph: GraphProto
+    parent: Scope | None
+    producers: dict[str, NodeProto] = field(default_factory=dict)
+    initializers: dict[str, TensorProto] = field(default_factory=dict)
+    inputs: set[str] = field(default_factory=set)
+    readers: dict[str, list[Reader]] = field(default_factory=dict)
+
+    def owner(self, name: str) -> Scope | None:
+        """The scope that defines a tensor, searched outwards; None if nobody does."""
+        scope: Scope | None = self
+        while scope is not None:
+            if name in scope.producers or name in scope.initializers or name in scope.inputs:
+                return scope
+            scope = scope.parent
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Constant:
+    """A value known before any data come.
+
+    Attributes:
+        value: The array as the reading node sees it.
+        identity: Same text, same weight: the stored tensor and the operators it passed through.
+        roots: (scope path, tensor name) of every tensor it was made from, itself included.
+    """
+
+    value: Array
+    identity: str
+    roots: frozenset[tuple[str, str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded model. ``proto`` is never changed after loading; a rewrite works on a copy.
+
+    Attributes:
+        proto: Every node has a name that is unique over all scopes.
+        path: The file; None for a model that came from memory.
+        sha256: Digest of the model file.
+        digest: Digest of the model file and of its external data.
+        size_bytes: Model file and external data.
+    """
+
+    proto: ModelProto
+    path: Path | None
+    sha256: str
+    digest: str
+    size_bytes: int
+
+    @property
+    def folder(self) -> Path | None:
+        """Where external data lie; None without any."""
+        return self.path.parent.resolve() if self.path is not None and has_external_data(self.proto) else None
+
+    @property
+    def opset(self) -> int:
+        """Version of the default operator set."""
+        return next((entry.version for entry in self.proto.opset_import if entry.domain in ("", "ai.onnx")), 1)
+
+    @cached_property
+    def scopes(self) -> tuple[Scope, ...]:
+        """The main graph first, then every subgraph, outer before inner."""
+        return tuple(index_scopes(self.proto))
+
+    @cached_property
+    def _constants(self) -> dict[tuple[str, str], Constant | None]:
+        return {}
+
+    def constant(self, scope: Scope, name: str) -> Constant | None:
+        """Return the constant behind a tensor name, or None where it depends on data."""
+        owner = scope.owner(name) if name else None
+        if owner is None:
+            return None
+        key = (owner.path, name)
+        if key not in self._constants:
+            self._constants[key] = self._resolve(owner, name)
+        return self._constants[key]
+
+    def _resolve(self, scope: Scope, name: str) -> Constant | None:
+        root = (scope.path, name)
+        if name in scope.initializers:
+            value = self.array(scope.initializers[name])
+            return Constant(value, f"{scope.path}:{name}", frozenset([root]))
+        node = scope.producers.get(name)
+        if node is None or node.domain not in ("", "ai.onnx"):
+            return None
+        if node.op_type == "Constant":
+            made = _constant_value(node)
+            return None if made is None else Constant(made, f"{scope.path}:{name}", frozenset([root]))
+        if node.op_type not in _TRANSPARENT:
+            return None
+        inputs = [self.constant(scope, source) for source in node.input if source]
+        if not inputs or any(entry is None for entry in inputs):
+            return None
+        known = [entry for entry in inputs if entry is not None]
+        value = _evaluate(node, [entry.value for entry in known], self.proto)
+        attributes = ",".join(sorted(onnx.helper.printable_attribute(entry) for entry in node.attribute))
+        identity = f"{node.op_type}({', '.join(entry.identity for entry in known)}; {attributes})"
+        return Constant(value, identity, frozenset([root]).union(*(entry.roots for entry in known)))
+
+    def array(self, tensor: TensorProto) -> Array:
+        """The values of a stored tensor; external data are mapped, not read."""
+        if not uses_external_data(tensor):
+            return numpy_helper.to_array(tensor)
+        assert self.path is not None
+        file, offset, _ = external_location(tensor, self.path.parent)
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        if not math.prod(tensor.dims):
+            return np.zeros(tuple(tensor.dims), dtype)
+        return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=tuple(tensor.dims))
+
+
+def load(path: str | os.PathLike[str]) -> Model:
+    """Load a model file.
+
+    Model-local functions that hold layers are inlined, so that their layers are found; nodes without a
+    name, or with a name another node has, get a stable one.
+
+    Raises:
+        ModelError: There is no such file, it is no ONNX model, or its external data are missing.
+    """
+    file = Path(path)
+    if not file.exists():
+        raise ModelError(f"model '{file}' does not exist")
+    if not file.is_file():
+        raise ModelError(f"model '{file}' is no file")
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ModelError(f"model '{file}' cannot be read: {error.strerror}") from error
+    proto = ModelProto()
+    try:
+        proto.ParseFromString(content)
+    except DecodeError as error:
+        raise ModelError(f"'{file}' is not an ONNX model, or was cut off: {error}") from error
+    if not proto.ir_version or not (proto.graph.node or proto.graph.output):
+        raise ModelError(f"'{file}' is not an ONNX model: it holds no graph")
+    sha256 = hashlib.sha256(content)
+    digest, size_bytes = sha256.copy(), len(content)
+    del content
+    for extra in _external_files(proto, file):
+        with extra.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        size_bytes += extra.stat().st_size
+    return Model(prepare(proto), file, sha256.hexdigest(), digest.hexdigest(), size_bytes)
+
+
+def from_proto(proto: ModelProto) -> Model:
+    """Wrap a model that is in memory; the caller's object is left alone."""
+    content = proto.SerializeToString(deterministic=True)
+    copy = ModelProto()
+    copy.CopyFrom(proto)
+    digest = hashlib.sha256(content).hexdigest()
+    return Model(prepare(copy), None, digest, digest, len(content))
+
+
+def prepare(proto: ModelProto) -> ModelProto:
+    """Inline functions that hold layers, and give every node a name of its own. Changes ``proto``."""
+    if any(node.op_type in _WEIGHT_OPS for function in proto.functions for node in function.node):
+        inlined = onnx.inliner.inline_local_functions(proto)
+        # A function called twice would store its own constants twice.
+        if parameter_count(inlined) <= parameter_count(proto):
+            proto = inlined
+    taken = {node.name for scope in index_scopes(proto) for node in scope.graph.node if node.name}
+    seen: set[str] = set()
+    for scope in index_scopes(proto):
+        for position, node in enumerate(scope.graph.node):
+            if not node.name or node.name in seen:
+                stem = node.name or f"{scope.path + '/' if scope.path else ''}{node.op_type}_{position}"
+                name, suffix = stem, 1
+                while name in taken or name in seen:
+                    name, suffix = f"{stem}_{suffix}", suffix + 1
+                node.name = name
+            seen.add(node.name)
+    return proto
+
+
+def index_scopes(proto: ModelProto) -> list[Scope]:
+    """Return the scopes of a model, outer before inner, with producers and readers filled in."""
+    scopes = list(_walk(proto.graph, None, ""))
+    for scope in scopes:
+        for node in scope.graph.node:
+            for slot, name in enumerate(node.input):
+                owner = scope.owner(name) if name else None
+                if owner is not None:
+                    owner.readers.setdefault(name, []).append(Reader(scope, node, slot))
+    return scopes
+
+
+def _walk(graph: GraphProto, parent: Scope | None, path: str) -> Iterator[Scope]:
+    scope = Scope(path, graph, parent)
+    scope.initializers = {tensor.name: tensor for tensor in graph.initializer}
+    scope.inputs = {value.name for value in graph.input} | {t.values.name for t in graph.sparse_initializer}
+    scope.producers = {name: node for node in graph.node for name in node.output if name}
+    yield scope
+    for position, node in enumerate(graph.node):
+        for name, inner in subgraphs(node):
+            below = f"{path + '/' if path else ''}{node.name or f'{node.op_type}_{position}'}/{name}"
+            yield from _walk(inner, scope, below)
+
+
+def subgraphs(node: NodeProto) -> Iterator[tuple[str, GraphProto]]:
+    """The bodies of If, Loop, Scan and of whatever else holds graphs."""
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.name, attribute.g
+        for position, inner in enumerate(attribute.graphs):
+            yield f"{attribute.name}{position}", inner
+
+
+def stored_tensors(proto: ModelProto) -> Iterator[TensorProto]:
+    """Every tensor the model stores: initializers and Constant values, of graphs, subgraphs and functions."""
+
+    def of_nodes(nodes: Any) -> Iterator[TensorProto]:
+        for node in nodes:
+            for attribute in node.attribute:
+                if attribute.type == AttributeProto.TENSOR:
+                    yield attribute.t
+                yield from attribute.tensors
+            for _, inner in subgraphs(node):
+                yield from of_graph(inner)
+
+    def of_graph(graph: GraphProto) -> Iterator[TensorProto]:
+        yield from graph.initializer
+        for sparse in graph.sparse_initializer:
+            yield sparse.values
+        yield from of_nodes(graph.node)
+
+    yield from of_graph(proto.graph)
+    for function in proto.functions:
+        yield from of_nodes(function.node)
+
+
+def parameter_count(proto: ModelProto) -> int:
+    """Floating-point weight elements in the graph, its subgraphs and functions, each stored one once."""
+    total = sum(math.prod(tensor.dims) for tensor in stored_tensors(proto) if tensor.data_type in FLOAT_TYPES)
+    for scope in _walk(proto.graph, None, ""):
+        total += sum(_loose_floats(node) for node in scope.graph.node)
+    return total + sum(_loose_floats(node) for function in proto.functions for node in function.node)
+
+
+def _loose_floats(node: NodeProto) -> int:
+    if node.op_type != "Constant":
+        return 0
+    floats = {"value_float": 1}
+    return sum(floats.get(entry.name, len(entry.floats)) for entry in node.attribute)
+
+
+def uses_external_data(tensor: TensorProto) -> bool:
+    """True where the values lie in another file."""
+    return bool(tensor.data_location == TensorProto.EXTERNAL)
+
+
+def has_external_data(proto: ModelProto) -> bool:
+    """True where any tensor lies in another file."""
+    return any(uses_external_data(tensor) for tensor in stored_tensors(proto))
+
+
+def external_location(tensor: TensorProto, folder: Path) -> tuple[Path, int, int]:
+    """Return (file, offset, length in bytes) of a tensor's external data.
+
+    Raises:
+        ModelError: The location leaves the model's folder, or the file is missing or too short.
+    """
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    folder = folder.resolve()
+    file = (folder / entries.get("location", "")).resolve()
+    if folder not in file.parents:
+        raise ModelError(
+            f"external data of '{tensor.name}' lie at '{entries.get('location', '')}', outside the folder of "
+            "the model; move them beside it"
+        )
+    if not file.is_file():
+        raise ModelError(f"external data file '{file.name}' of '{tensor.name}' is missing beside the model")
+    itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    try:
+        offset = int(entries.get("offset", 0))
+        length = int(entries.get("length", math.prod(tensor.dims) * itemsize))
+    except ValueError as error:
+        raise ModelError(f"external data of '{tensor.name}' have no readable offset or length") from error
+    if offset < 0 or offset + length > file.stat().st_size:
+        raise ModelError(
+            f"external data file '{file.name}' is cut off: '{tensor.name}' needs {offset + length} bytes, "
+            f"found {file.stat().st_size}"
+        )
+    return file, offset, length
+
+
+def _external_files(proto: ModelProto, path: Path) -> list[Path]:
+    files = {
+        external_location(tensor, path.parent)[0] for tensor in stored_tensors(proto) if uses_external_data(tensor)
+    }
+    return sorted(files)
+
+
+def _constant_value(node: NodeProto) -> Array | None:
+    for entry in node.attribute:
+        if entry.name == "value" and not uses_external_data(entry.t):
+            return numpy_helper.to_array(entry.t)
+        if entry.name == "value_float":
+            return np.array(entry.f, np.float32)
+        if entry.name == "value_floats":
+            return np.array(entry.floats, np.float32)
+        if entry.name == "value_int":
+            return np.array(entry.i, np.int64)
+        if entry.name == "value_ints":
+            return np.array(entry.ints, np.int64)
+    return None
+
+
+def _evaluate(node: NodeProto, values: list[Array], proto: ModelProto) -> Array:
+    """Run one transparent node on constants, at the operator set of the model."""
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    del copy.input[:]
+    copy.input.extend(f"x{position}" for position in range(len(values)))
+    inputs = [
+        onnx.helper.make_tensor_value_info(
+            f"x{position}", onnx.helper.np_dtype_to_tensor_dtype(value.dtype), value.shape
+        )
+        for position, value in enumerate(values)
+    ]
+    outputs = [onnx.helper.make_empty_tensor_value_info(name) for name in copy.output]
+    graph = onnx.helper.make_graph([copy], "constant", inputs, outputs)
+    opsets = [entry for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
+    model = onnx.helper.make_model(graph, opset_imports=opsets)
+    feeds = {f"x{position}": np.asarray(value) for position, value in enumerate(values)}
+    return np.asarray(ReferenceEvaluator(model).run(None, feeds)[0])
+
+
+# --- writing -----------------------------------------------------------------------------------------
+
+
+def check_output(out: str | os.PathLike[str], model: Model | None, overwrite: bool, option: str = "-o") -> Path:
+    """Return OUT as a path that can be written, before any work is done.
+
+    Raises:
+        ModelError: OUT is the model, exists without ``overwrite``, or its folder cannot be written.
+    """
+    path = Path(out)
+    if model is not None and model.path is not None and path.exists() and path.samefile(model.path):
+        raise ModelError(f"{option} '{path}' is the model itself; the input is never overwritten, name another file")
+    if path.is_dir():
+        raise ModelError(f"{option} '{path}' is a folder; name a file in it")
+    if not path.parent.is_dir():
+        raise ModelError(f"folder '{path.parent}' of {option} '{path.name}' does not exist; create it first")
+    if path.exists() and not overwrite:
+        raise ModelError(f"{option} '{path}' exists; use --overwrite to replace it, or name another file")
+    try:  # os.access says yes to root on a read-only file system
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:100]}."):
+            pass
+    except OSError as error:
+        raise ModelError(f"folder '{path.parent}' of {option} cannot be written: {error.strerror}") from error
+    return path
+
+
+def serialize(proto: ModelProto) -> bytes:
+    """Same model, same bytes."""
+    return proto.SerializeToString(deterministic=True)
+
+
+def saved_size(proto: ModelProto) -> int:
+    """Bytes a save would write: the model and the external data it refers to."""
+    external = 0
+    for tensor in stored_tensors(proto):
+        if uses_external_data(tensor):
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            external += math.prod(tensor.dims) * dtype.itemsize
+    return int(proto.ByteSize()) + external
+
+
+def save(proto: ModelProto, out: Path, folder: Path | None) -> None:
+    """Write a model so that it appears complete or not at all.
+
+    Args:
+        proto: The model; tensors with external data still point into ``folder``.
+        out: The file. A model with external data, or one too large for one file, gets ``out`` and
+            ``out.data`` beside it.
+        folder: Where the external data of ``proto`` lie now.
+
+    Raises:
+        ModelError: Writing failed, for instance on a full disk; nothing is left behind.
+    """
+    external = has_external_data(proto) or proto.ByteSize() > _SINGLE_FILE_LIMIT
+    data = out.with_name(out.name + ".data")
+    with contextlib.ExitStack() as stack:
+        try:
+            copy = proto
+            written: list[tuple[Path, Path]] = []
+            if external:
+                copy = ModelProto()
+                copy.CopyFrom(proto)
+                temporary = stack.enter_context(_temporary(data))
+                with temporary.open("wb") as stream:
+                    _write_external(copy, stream, folder, data.name)
+                    _sync(stream)
+                written.append((temporary, data))
+            temporary = stack.enter_context(_temporary(out))
+            with temporary.open("wb") as stream:
+                stream.write(serialize(copy))
+                _sync(stream)
+            written.append((temporary, out))
+            for source, target in written:
+                os.replace(source, target)
+        except OSError as error:
+            raise ModelError(f"'{out}' could not be written: {error.strerror}; nothing was left behind") from error
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` that is gone afterwards unless it was renamed."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".tmp")
+    os.close(handle)
+    mask = os.umask(0)
+    os.umask(mask)
+    Path(name).chmod(0o666 & ~mask)  # mkstemp makes private files; a model is an ordinary one
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _sync(stream: Any) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _write_external(proto: ModelProto, stream: Any, folder: Path | None, location: str) -> None:
+    movable = {tensor.name for tensor in proto.graph.initializer}
+    for tensor in stored_tensors(proto):
+        if uses_external_data(tensor):
+            assert folder is not None
+            file, offset, length = external_location(tensor, folder)
+            content: Any = np.memmap(file, dtype=np.uint8, mode="r", offset=offset, shape=(length,)) if length else b""
+        elif tensor.name in movable and len(tensor.raw_data) >= _EXTERNAL_FROM:
+            content = tensor.raw_data
+        else:
+            continue
+        stream.write(b"\0" * (-stream.tell() % 64))  # aligned, so that a runtime may map it
+        start = stream.tell()
+        stream.write(content)
+        length = stream.tell() - start
+        tensor.ClearField("raw_data")
+        tensor.ClearField("external_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", location), ("offset", start), ("length", length)):
+            entry = tensor.external_data.add()
+            entry.key, entry.value = key, str(value)

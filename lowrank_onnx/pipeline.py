@@ -1,0 +1,454 @@
+"""The whole tool: load, find sites, observe, propose, allocate, rewrite, validate, report.
+
+Every command of the command line is a function here, every option an argument of the same name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onnx import ModelProto
+
+from lowrank_onnx.base import Candidate, Moments, Pass, Plan, Site, configure
+from lowrank_onnx.budget import Selection, carry_out, meet_budget, reasons_for_kept
+from lowrank_onnx.building import Choice
+from lowrank_onnx.data import load_data
+from lowrank_onnx.errors import LowRankError, PlanError, TargetError
+from lowrank_onnx.feeds import choose_feeds, read_shapes
+from lowrank_onnx.model import check_output, save
+from lowrank_onnx.passes import PASSES
+from lowrank_onnx.plans import check_model, chosen_rows, plan_to_dict, read_plan
+from lowrank_onnx.problem import Data, Problem, Source, open_model, pose
+from lowrank_onnx.proposals import Proposal, filter_sites, propose
+from lowrank_onnx.reporting import benchmark_report, compress_report, inspect_report, measure, validate_report
+from lowrank_onnx.runtime import Runtime, input_specs, open_session
+from lowrank_onnx.statistics import Progress, observe
+from lowrank_onnx.target import Target, read_target
+from lowrank_onnx.validation import benchmark as time_models
+
+__all__ = ["Result", "apply", "benchmark", "compress", "inspect", "passes", "plan", "sweep", "validate"]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What ``compress`` and ``apply`` give.
+
+    Attributes:
+        model: The rewritten model.
+        plan: The plan, as JSON has it.
+        report: The report, schema 1.
+        folder: Where external data of the model lie; None without any.
+    """
+
+    model: ModelProto
+    plan: dict[str, Any]
+    report: dict[str, Any]
+    folder: Path | None = field(default=None, repr=False)
+
+    def save(self, path: str | Path, overwrite: bool = False) -> Path:
+        """Write the model, completely or not at all.
+
+        Raises:
+            ModelError: The path cannot be written, or exists without ``overwrite``.
+        """
+        out = check_output(path, None, overwrite, "path")
+        save(self.model, out, self.folder)
+        return out
+
+
+class Clock:
+    """Seconds by step."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Add the time of a block to a step."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def total(self) -> dict[str, float]:
+        """All steps, and the time since the clock was made."""
+        return {"total": time.perf_counter() - self.start, **self.seconds}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a run that decide what comes out, besides model, data and target.
+
+    Attributes:
+        technique: ``name`` or ``name:option=value,...``; empty takes every technique that is on by default.
+        include, exclude: Patterns of node names.
+        mask: Input that marks real rows.
+        jobs: Workers for decompositions.
+    """
+
+    technique: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    mask: str | None = None
+    jobs: int = 1
+
+    def passes(self) -> list[Pass]:
+        """The techniques in use, configured."""
+        if not self.technique:
+            return [kind() for kind in PASSES if kind.default]
+        return [read_technique(text) for text in self.technique]
+
+
+def read_technique(text: str) -> Pass:
+    """Read ``name`` or ``name:option=value,option=value``.
+
+    Raises:
+        LowRankError: There is no such technique or option.
+    """
+    name, _, rest = text.partition(":")
+    known = {kind.name: kind for kind in PASSES}
+    if name not in known:
+        raise LowRankError(f"unknown technique '{name}'; lowrank-onnx passes lists {', '.join(known)}")
+    options: dict[str, str] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise LowRankError(f"--technique {name} expects option=value, got '{part}'")
+        options[key.strip()] = value.strip()
+    return configure(known[name], options)
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """What was decided and carried out, and why the rest was kept."""
+
+    selection: Selection
+    proposals: tuple[Proposal, ...]
+    refusals: Mapping[str, str]
+
+
+def _observe(
+    problem: Problem, settings: Settings, clock: Clock, progress: Progress | None
+) -> dict[str, dict[str, Moments]]:
+    if problem.calibrate is None:
+        return {}
+    with clock.step("observe"):
+        return observe(problem.model, problem.sites, problem.calibrate, problem.runtime, settings.mask, progress)
+
+
+def _decide(
+    problem: Problem,
+    target: Target,
+    settings: Settings,
+    statistics: Mapping[str, Mapping[str, Any]],
+    clock: Clock,
+) -> Planned:
+    """Propose and allocate."""
+    sites, reasons = filter_sites(problem.sites, settings.include, settings.exclude)
+    with clock.step("propose"):
+        proposals, refusals = propose(sites, settings.passes(), statistics, target.rank, settings.jobs)
+    reasons |= refusals
+    with clock.step("allocate"):
+        if not proposals:
+            raise TargetError(f"{target.option} cannot be met: no layer can be factorized ({_summary(reasons)})")
+        if target.kind == "rank":
+            selection = carry_out(problem, _first_of_each(proposals))
+            kept = "another technique took it"
+        else:
+            selection = meet_budget(problem, proposals, local_damage(proposals), target.kind, target.value)
+            kept = "dense is the better use of the budget: other layers lose less"
+    return Planned(selection, tuple(proposals), reasons_for_kept(problem.sites, selection.choices, reasons, kept))
+
+
+def _first_of_each(proposals: Sequence[Proposal]) -> list[Choice]:
+    """For a fixed rank: at every site the technique with the least error."""
+    best: dict[str, Choice] = {}
+    for entry in proposals:
+        choice = Choice(entry, entry.candidates[0])
+        name = entry.site.name
+        if not entry.site.parts and (name not in best or choice.candidate.error < best[name].candidate.error):
+            best[name] = choice
+    return list(best.values())
+
+
+def local_damage(proposals: Sequence[Proposal]) -> Callable[[Candidate], float]:
+    """Squared relative error of the layer alone: what is left when the model's output was not probed."""
+    return lambda candidate: candidate.error**2
+
+
+def _summary(reasons: Mapping[str, str]) -> str:
+    """The reasons for keeping layers, the frequent ones first."""
+    counts: dict[str, int] = {}
+    for text in reasons.values():
+        counts[text] = counts.get(text, 0) + 1
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    told = "; ".join(f"{count} × {text}" if count > 1 else text for text, count in ranked[:3])
+    return told or "the model has no weights of a kind the techniques know"
+
+
+def compress(
+    model: Source,
+    target: Mapping[str, Any] | None = None,
+    *,
+    rank: str | int | float | None = None,
+    keep_params: float | None = None,
+    keep_macs: float | None = None,
+    keep_size: float | None = None,
+    speedup: float | None = None,
+    max_drop: float | None = None,
+    calibrate: Data | None = None,
+    evaluate: Data | None = None,
+    metric: str | None = None,
+    technique: Sequence[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    mask: str | None = None,
+    provider: str = "cpu",
+    threads: int = 0,
+    shape: Sequence[str] = (),
+    seed: int = 0,
+    jobs: int = 1,
+    progress: Progress | None = None,
+) -> Result:
+    """Make a model smaller or faster by low-rank factorization; nothing is written.
+
+    Args:
+        model: A file, or a model in memory.
+        target: ``{"keep_macs": 0.5}``; the same as the keyword. Exactly one target, ``max_drop=0.01`` if none.
+        rank: An integer, a fraction of full rank, ``energy=0.95``, or a selector of a technique, at every site.
+        keep_params, keep_macs, keep_size: Share of the whole model to keep, in (0, 1].
+        speedup: Measured latency before / after to reach.
+        max_drop: Relative loss of the metric to stay within, at the least latency.
+        calibrate, evaluate: Data: a file, a folder, ``module:function``, arrays by name, or feeds.
+        metric: A name, ``path.py:function`` or ``module:function``; fidelity to the original without one.
+        technique: ``name:option=value,...``; every default technique if empty.
+        include, exclude: Patterns of node names.
+        mask: Input whose non-zero values mark real rows; looked for if None.
+        provider, threads: Where the model runs; 0 threads leaves the number to onnxruntime.
+        shape: ``NAME=1,128``, for shapes and timing.
+        seed: Same seed, same bytes.
+        jobs: Workers for decompositions.
+        progress: Called with (step, done, total).
+
+    Raises:
+        TargetError: The target cannot be met; the message tells the best that was reached.
+        LowRankError: A wrong input.
+    """
+    clock = Clock()
+    wishes = {
+        "rank": rank,
+        "keep_params": keep_params,
+        "keep_macs": keep_macs,
+        "keep_size": keep_size,
+        "speedup": speedup,
+        "max_drop": max_drop,
+    }
+    wish = read_target({**wishes, **{name: value for name, value in (target or {}).items()}})
+    settings = Settings(tuple(technique), tuple(include), tuple(exclude), mask, jobs)
+    settings.passes()  # a typing error must not wait for the data
+    with clock.step("load"):
+        problem = pose(model, Runtime(provider, threads), calibrate, evaluate, metric, shape, seed)
+    statistics = _observe(problem, settings, clock, progress)
+    planned = _decide(problem, wish, settings, statistics, clock)
+    return _finish(problem, wish, settings, planned, clock, progress)
+
+
+def _finish(
+    problem: Problem, target: Target, settings: Settings, planned: Planned, clock: Clock, progress: Progress | None
+) -> Result:
+    """Validate and report."""
+    selection = planned.selection
+    with clock.step("validate"):
+        measured = measure(problem, selection, progress)
+    content = plan_to_dict(_as_plan(problem, target, settings, planned), problem.sites)
+    report = compress_report(problem, target, planned, measured, clock.total())
+    return Result(selection.built.proto, content, report, problem.model.folder)
+
+
+def _as_plan(problem: Problem, target: Target, settings: Settings, planned: Planned) -> Plan:
+    data = problem.calibrate
+    setting = {
+        "target": target.as_dict(),
+        "calibrate": None if data is None else {"source": data.source, "sha256": data.sha256},
+        "mask": settings.mask,
+        "techniques": sorted({choice.proposal.technique for choice in planned.selection.choices}, key=repr),
+        "provider": problem.runtime.provider,
+        "seed": problem.seed,
+    }
+    setting["techniques"] = [_spelled(entry) for entry in setting["techniques"]]
+    choices = tuple(choice.candidate for choice in planned.selection.choices)
+    return Plan(problem.model.digest, choices, planned.refusals, setting)
+
+
+def _spelled(technique: Pass) -> str:
+    """A technique with its options, as ``--technique`` reads it."""
+    options = ",".join(f"{name}={value}" for name, value in vars(technique).items())
+    return f"{technique.name}:{options}" if options else technique.name
+
+
+def plan(model: Source, target: Mapping[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    """Return the plan ``compress`` would carry out; same arguments."""
+    return compress(model, target, **options).plan
+
+
+def apply(
+    model: Source,
+    plan: str | Path | Mapping[str, Any],
+    *,
+    calibrate: Data | None = None,
+    evaluate: Data | None = None,
+    metric: str | None = None,
+    threads: int = 0,
+    shape: Sequence[str] = (),
+    jobs: int = 1,
+    progress: Progress | None = None,
+) -> Result:
+    """Carry out a plan, as ``compress`` did or as somebody edited it.
+
+    Args:
+        plan: A plan file, or its content.
+        calibrate: The calibration data; what the plan names if None.
+
+    Raises:
+        PlanError: The plan does not fit the model, or its calibration data are missing or others.
+    """
+    clock = Clock()
+    content = read_plan(plan) if isinstance(plan, str | Path) else plan
+    setting = content["setting"]
+    opened = open_model(model)
+    check_model(content, opened.digest)
+    source = setting.get("calibrate")
+    if calibrate is None and source is not None:
+        calibrate = source["source"]
+        if not Path(calibrate).exists() and ":" not in calibrate:
+            raise PlanError(f"the plan needs its calibration data '{calibrate}', which are missing; give --calibrate")
+    settings = Settings(tuple(setting.get("techniques", ())), mask=setting.get("mask"), jobs=jobs)
+    with clock.step("load"):
+        runtime = Runtime(setting.get("provider", "cpu"), threads)
+        problem = pose(opened, runtime, calibrate, evaluate, metric, shape, int(setting.get("seed", 0)))
+    if source is not None and problem.calibrate is not None and problem.calibrate.sha256 != source["sha256"]:
+        raise PlanError(
+            f"the plan was made with other calibration data (digest {source['sha256'][:12]}…, found "
+            f"{problem.calibrate.sha256[:12]}…); give the same data with --calibrate, or make a new plan"
+        )
+    rows = chosen_rows(content, problem.by_name)
+    statistics = _observe(problem, settings, clock, progress)
+    with clock.step("propose"):
+        choices = [_choice_of(row, problem.by_name, settings, statistics) for row in rows]
+    if not choices:
+        raise PlanError("the plan keeps every layer; there is nothing to apply")
+    with clock.step("rewrite"):
+        selection = carry_out(problem, choices)
+    reasons = {row["site"]: row.get("reason") or "kept by hand" for row in content["sites"] if row not in rows}
+    kept = reasons_for_kept(problem.sites, choices, reasons, "the plan does not name it")
+    planned = Planned(selection, tuple(choice.proposal for choice in choices), kept)
+    target = read_target(setting.get("target", {}))
+    return _finish(problem, target, settings, planned, clock, progress)
+
+
+def _choice_of(
+    row: Mapping[str, Any], sites: Mapping[str, Site], settings: Settings, statistics: Mapping[str, Mapping[str, Any]]
+) -> Choice:
+    site, name, ranks = sites[row["site"]], str(row.get("technique")), tuple(row["ranks"])
+    named = [entry for entry in settings.passes() if entry.name == name]
+    technique = named[0] if named else read_technique(name)
+    if site.kind not in technique.kinds:
+        raise PlanError(f"technique '{name}' does not take site '{site.name}' of kind {site.kind}")
+    refusal = technique.refuse(site) or technique.check_ranks(site, ranks)
+    if refusal:
+        raise PlanError(f"plan gives site '{site.name}' {list(site.shape)} {name} at ranks {list(ranks)}: {refusal}")
+    analysis = technique.analyse(site, statistics.get(site.name))
+    candidate = technique.candidate(site, analysis, ranks)
+    return Choice(Proposal(site, technique, analysis, (candidate,)), candidate)
+
+
+def inspect(
+    model: Source,
+    *,
+    calibrate: Data | None = None,
+    technique: Sequence[str] = (),
+    mask: str | None = None,
+    provider: str = "cpu",
+    threads: int = 0,
+    shape: Sequence[str] = (),
+    seed: int = 0,
+    jobs: int = 1,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Tell what the model is made of and how compressible each layer is; nothing is changed."""
+    clock = Clock()
+    settings = Settings(tuple(technique), mask=mask, jobs=jobs)
+    passes = settings.passes()
+    problem = pose(model, Runtime(provider, threads), calibrate, None, None, shape, seed)
+    statistics = _observe(problem, settings, clock, progress)
+    proposals, reasons = propose(problem.sites, passes, statistics, None, jobs)
+    return inspect_report(problem, proposals, reasons)
+
+
+def validate(
+    reference: Source,
+    candidate: Source,
+    *,
+    evaluate: Data | None = None,
+    metric: str | None = None,
+    provider: str = "cpu",
+    threads: int = 0,
+    shape: Sequence[str] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Compare two models on accuracy and speed, side by side.
+
+    Without data the inputs are made up: speed counts, fidelity is on noise and says so.
+    """
+    clock = Clock()
+    runtime = Runtime(provider, threads)
+    problem = pose(reference, runtime, None, evaluate, metric, shape, seed)
+    other = pose(candidate, runtime, None, evaluate, metric, shape, seed)
+    return validate_report(problem, other, clock.total, progress)
+
+
+def benchmark(
+    models: Sequence[Source],
+    *,
+    evaluate: Data | None = None,
+    provider: str = "cpu",
+    threads: int = 0,
+    shape: Sequence[str] = (),
+    seed: int = 0,
+    seconds: float = 6.0,
+) -> dict[str, Any]:
+    """Time models side by side; ratios are to the first."""
+    runtime = Runtime(provider, threads)
+    opened = [open_model(source) for source in models]
+    sessions = [open_session(entry.proto, runtime, entry.folder, what=f"model '{entry.path}'") for entry in opened]
+    feeds = []
+    for session in sessions:
+        specs = input_specs(session)
+        data = None if evaluate is None else load_data(evaluate, specs, "--evaluate")
+        feeds.append(choose_feeds(specs, read_shapes(shape, specs), data, seed).values)
+    timing = time_models(sessions, feeds, runtime, seed, seconds, 1000)
+    return benchmark_report(opened, feeds, timing, runtime)
+
+
+def passes() -> list[dict[str, Any]]:
+    """The techniques: name, kinds, default or not, reference, options with their defaults, first line of help."""
+    return [
+        {
+            "name": kind.name,
+            "kinds": list(kind.kinds),
+            "default": kind.default,
+            "reference": kind.reference,
+            "options": {entry.name: entry.default for entry in dataclasses.fields(kind)},
+            "summary": (kind.__doc__ or "").strip().splitlines()[0],
+        }
+        for kind in PASSES
+    ]

@@ -1,0 +1,117 @@
+"""Plans as files: readable, editable, checked against the model before they are carried out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowrank_onnx.version import __version__
+from lowrank_onnx.base import Plan, Site
+from lowrank_onnx.errors import PlanError
+
+FORMAT = 1
+
+
+def plan_to_dict(plan: Plan, sites: Sequence[Site]) -> dict[str, Any]:
+    """Return the plan as JSON has it: one entry per site, in the order of the model.
+
+    A compound site that was chosen stands for the sites it covers.
+    """
+    chosen = {entry.site: entry for entry in plan.choices}
+    covered = {name for site in sites if site.name in chosen for name in site.parts}
+    rows = []
+    for site in sites:
+        row: dict[str, Any] = {"site": site.name, "kind": site.kind, "op": site.op, "shape": list(site.shape)}
+        if site.name in chosen:
+            entry = chosen[site.name]
+            row |= {
+                "decision": "factorized",
+                "technique": entry.technique,
+                "ranks": list(entry.ranks),
+                "parameters": entry.parameters,
+                "macs": entry.macs,
+                "weight_error": entry.weight_error,
+                "output_error": entry.output_error,
+            }
+            if entry.options:
+                row["options"] = dict(entry.options)
+            if site.parts:
+                row["covers"] = list(site.parts)
+        elif site.parts or site.name in covered:
+            continue
+        else:
+            row |= {"decision": "kept", "reason": plan.refusals.get(site.name, "kept by hand")}
+        rows.append(row)
+    return {
+        "lowrank_onnx_plan": FORMAT,
+        "version": __version__,
+        "model": plan.model,
+        "setting": dict(plan.setting),
+        "sites": rows,
+    }
+
+
+def read_plan(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a plan file; what it names is checked when it is applied.
+
+    Raises:
+        PlanError: There is no such file, or it is no plan.
+    """
+    file = Path(path)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanError(f"plan '{file}' cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, ValueError) as error:
+        raise PlanError(f"plan '{file}' is not JSON: {error}; make one with lowrank-onnx plan") from error
+    if not isinstance(content, dict) or content.get("lowrank_onnx_plan") != FORMAT:
+        raise PlanError(f"'{file}' is no plan of format {FORMAT}; make one with lowrank-onnx plan")
+    if not isinstance(content.get("sites"), list) or not isinstance(content.get("setting"), dict):
+        raise PlanError(f"plan '{file}' lacks its 'sites' or its 'setting'; make one with lowrank-onnx plan")
+    return content
+
+
+def check_model(content: Mapping[str, Any], digest: str) -> None:
+    """Refuse a plan of another model.
+
+    Raises:
+        PlanError: The digests differ.
+    """
+    if content.get("model") != digest:
+        raise PlanError(
+            f"the plan was made for a model with digest {str(content.get('model'))[:12]}…, this one has "
+            f"{digest[:12]}…; make a plan for this model with lowrank-onnx plan"
+        )
+
+
+def chosen_rows(content: Mapping[str, Any], sites: Mapping[str, Site]) -> list[Mapping[str, Any]]:
+    """Return the rows of a plan that change something.
+
+    Raises:
+        PlanError: The plan names a site the model lacks, rewrites one twice, or a row is malformed.
+    """
+    rows = []
+    covered: dict[str, str] = {}
+    for row in content["sites"]:
+        if not isinstance(row, dict) or "site" not in row:
+            raise PlanError(f"a row of the plan names no site: {str(row)[:80]}")
+        name = row["site"]
+        decision = row.get("decision")
+        if name not in sites:
+            raise PlanError(f"plan names site '{name}', which the model lacks; was the plan made for another model?")
+        if decision not in ("factorized", "kept"):
+            raise PlanError(f"decision of site '{name}' must be 'factorized' or 'kept', found {decision!r}")
+        if decision == "kept":
+            continue
+        ranks = row.get("ranks")
+        if not isinstance(ranks, list) or not ranks or not all(type(r) is int and r > 0 for r in ranks):
+            raise PlanError(f"ranks of site '{name}' must be a list of positive whole numbers, found {ranks!r}")
+        for single in sites[name].covers:
+            if single in covered:
+                raise PlanError(f"plan rewrites '{single}' twice, by '{covered[single]}' and by '{name}'")
+            covered[single] = name
+        rows.append(row)
+    return rows

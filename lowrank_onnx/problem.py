@@ -1,0 +1,131 @@
+"""What a run is about: the model, its data, its sites and what it costs now. Made once, never changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+
+from lowrank_onnx.base import Site
+from lowrank_onnx.cost import Cost, model_cost
+from lowrank_onnx.data import Dataset, load_data
+from lowrank_onnx.errors import DataError, MetricError, ModelError
+from lowrank_onnx.feeds import Feeds, choose_feeds, read_shapes
+from lowrank_onnx.metrics import Metric, resolve_metric
+from lowrank_onnx.model import Model, from_proto, load
+from lowrank_onnx.runtime import Runtime, input_specs, open_session
+from lowrank_onnx.shapes import Shapes, measure_shapes, static_shapes
+from lowrank_onnx.sites import find_sites
+
+Source = str | os.PathLike[str] | onnx.ModelProto | Model
+Data = str | os.PathLike[str] | Mapping[str, Any] | Iterable[Mapping[str, Any]] | Dataset
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One model, ready to be worked on.
+
+    Attributes:
+        session: The original model, open on the chosen provider.
+        calibrate, evaluate: Data; None where none were given.
+        feeds: The inputs for shapes and timing; None where the model leaves axes open and nothing fixes them.
+        unfed: Why there are no feeds.
+        shapes: Shapes of tensors with those inputs.
+        sites: Every site, in the order of the nodes.
+        cost: What the model weighs now.
+        seed: Of everything random.
+    """
+
+    model: Model
+    runtime: Runtime
+    session: Any
+    calibrate: Dataset | None
+    evaluate: Dataset | None
+    metric: Metric | None
+    feeds: Feeds | None
+    unfed: str
+    shapes: Shapes
+    sites: tuple[Site, ...]
+    cost: Cost
+    seed: int
+
+    def require_feeds(self, what: str) -> Feeds:
+        """The feeds, or an error that says what they are needed for.
+
+        Raises:
+            DataError: The model leaves axes open.
+        """
+        if self.feeds is None:
+            raise DataError(f"{what} needs the shapes of a run: {self.unfed}")
+        return self.feeds
+
+    @property
+    def by_name(self) -> dict[str, Site]:
+        """The sites by name."""
+        return {site.name: site for site in self.sites}
+
+    @property
+    def judged_on(self) -> Dataset | None:
+        """The data of the last line: evaluation data, or calibration data where there are no others."""
+        return self.evaluate if self.evaluate is not None else self.calibrate
+
+
+def open_model(source: Source) -> Model:
+    """Load a model from a file, or wrap one from memory."""
+    if isinstance(source, Model):
+        return source
+    return from_proto(source) if isinstance(source, onnx.ModelProto) else load(source)
+
+
+def pose(
+    source: Source,
+    runtime: Runtime,
+    calibrate: Data | None = None,
+    evaluate: Data | None = None,
+    metric: str | Metric | None = None,
+    shape: Sequence[str] = (),
+    seed: int = 0,
+) -> Problem:
+    """Load everything a run needs, and check it.
+
+    Raises:
+        LowRankError: Model, data, metric or shapes are wrong; see the modules that load them.
+    """
+    model = open_model(source)
+    session = open_session(model.proto, runtime, model.folder, what=f"model '{model.path or 'in memory'}'")
+    specs = input_specs(session)
+    chosen = resolve_metric(metric) if isinstance(metric, str) else metric
+    data = {
+        option: entry if entry is None or isinstance(entry, Dataset) else load_data(entry, specs, option)
+        for option, entry in (("--calibrate", calibrate), ("--evaluate", evaluate))
+    }
+    if chosen is not None and data["--evaluate"] is None and data["--calibrate"] is None:
+        raise MetricError(f"--metric {chosen.name} needs data to be measured on; give --evaluate DATA")
+    sample = data["--evaluate"] or data["--calibrate"]
+    fixed = read_shapes(shape, specs)
+    feeds, unfed = None, ""
+    try:
+        feeds = choose_feeds(specs, fixed, sample, seed)
+        shapes = measure_shapes(model, feeds.values, runtime)
+    except (DataError, ModelError) as error:
+        if sample is not None or fixed:
+            raise
+        # Made-up inputs need not suit a model; parameters and size can be counted all the same.
+        feeds, unfed, shapes = None, str(error), static_shapes(model)
+    return Problem(
+        model=model,
+        runtime=runtime,
+        session=session,
+        calibrate=data["--calibrate"],
+        evaluate=data["--evaluate"],
+        metric=chosen,
+        feeds=feeds,
+        unfed=unfed,
+        shapes=shapes,
+        sites=tuple(find_sites(model, shapes)),
+        cost=model_cost(model, shapes, model.size_bytes),
+        seed=seed,
+    )

@@ -1,0 +1,199 @@
+"""onnxruntime sessions: how a model is opened, on which provider, with how many threads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import onnx
+
+from lowrank_onnx.data import InputSpec
+from lowrank_onnx.errors import ModelError, ProviderError
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+# onnxruntime names element types like this; numpy has no name for the others (bfloat16, float8).
+_NUMPY_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
+    "tensor(int8)": np.int8,
+    "tensor(uint64)": np.uint64,
+    "tensor(uint32)": np.uint32,
+    "tensor(uint16)": np.uint16,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+    "tensor(string)": np.object_,
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where a model runs.
+
+    Attributes:
+        provider: ``cpu`` or ``cuda``.
+        threads: Intra-op threads; 0 leaves the choice to onnxruntime.
+    """
+
+    provider: str = "cpu"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        if self.provider not in PROVIDERS:
+            raise ProviderError(f"--provider must be one of {', '.join(PROVIDERS)}, got '{self.provider}'")
+        if self.threads < 0:
+            raise ProviderError(f"--threads must be 0 (onnxruntime decides) or more, got {self.threads}")
+
+    @property
+    def device(self) -> str:
+        """The name of the processor, as a person would say it."""
+        return _gpu_name() if self.provider == "cuda" else _cpu_name()
+
+    @property
+    def used_threads(self) -> int:
+        """The number of intra-op threads a session gets."""
+        return self.threads or joblib.cpu_count(only_physical_cores=False)
+
+
+def onnxruntime() -> Any:
+    """Return the onnxruntime module.
+
+    Raises:
+        ProviderError: It is not installed; the message names both extras.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise ProviderError(
+            "onnxruntime is not installed; run pip install 'lowrank-onnx[cpu]', or "
+            f"'lowrank-onnx[gpu]' for CUDA ({error})"
+        ) from error
+    if not hasattr(ort, "InferenceSession"):
+        raise ProviderError(
+            "the installed onnxruntime is incomplete (onnxruntime and onnxruntime-gpu overwrite each other); "
+            "uninstall both, then pip install 'lowrank-onnx[cpu]' or 'lowrank-onnx[gpu]'"
+        )
+    return ort
+
+
+def open_session(
+    model: onnx.ModelProto | bytes,
+    runtime: Runtime,
+    folder: Path | None = None,
+    optimize: bool = True,
+    what: str = "the model",
+) -> Any:
+    """Open a model that is in memory.
+
+    Args:
+        model: The model, or its serialized form; external data stay files.
+        runtime: Provider and threads.
+        folder: Where the external data of the model lie; None if it has none.
+        optimize: False keeps every node as it is written.
+        what: How an error names the model.
+
+    Returns:
+        An ``onnxruntime.InferenceSession``.
+
+    Raises:
+        ModelError: onnxruntime does not accept the model; its own reason is in the message.
+        ProviderError: The provider is not there; never a silent fall-back to another.
+    """
+    ort = onnxruntime()
+    provider = PROVIDERS[runtime.provider]
+    if provider not in ort.get_available_providers():
+        raise ProviderError(
+            f"--provider {runtime.provider} needs {provider}, but this onnxruntime {ort.__version__} offers "
+            f"{', '.join(ort.get_available_providers())}; pip install 'lowrank-onnx[gpu]' on a machine with CUDA"
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = runtime.used_threads
+    options.inter_op_num_threads = 1
+    # A spinning pool steals the cores from whatever runs beside it, as every second session here does.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        content = model if isinstance(model, bytes) else model.SerializeToString()
+    except ValueError as error:  # protobuf's limit of 2 GiB for one message
+        raise ModelError(f"{what} passes 2 GiB in one file; save it with external data first ({error})") from error
+    try:
+        session = ort.InferenceSession(content, options, providers=[provider])
+    except Exception as error:  # onnxruntime raises a class of its own for each status code
+        raise ModelError(f"onnxruntime does not accept {what}: {one_line(error)}") from error
+    if provider not in session.get_providers():
+        raise ProviderError(
+            f"onnxruntime could not load {provider} and fell back to {', '.join(session.get_providers())}; "
+            "check the CUDA and cuDNN libraries, or use --provider cpu"
+        )
+    return session
+
+
+def input_specs(session: Any) -> list[InputSpec]:
+    """Return the inputs a caller has to feed, in order.
+
+    Raises:
+        ModelError: An input is no tensor of a type numpy knows.
+    """
+    specs = []
+    for value in session.get_inputs():
+        if value.type not in _NUMPY_TYPES:
+            raise ModelError(f"input '{value.name}' has type {value.type}; only dense tensors can be fed")
+        specs.append(InputSpec(value.name, np.dtype(_NUMPY_TYPES[value.type]), tuple(value.shape)))
+    return specs
+
+
+def run(session: Any, feeds: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """Run a session once and return the outputs by name.
+
+    Raises:
+        ModelError: onnxruntime could not run the model on these inputs.
+    """
+    wanted = [output.name for output in session.get_outputs()] if names is None else list(names)
+    try:
+        values = session.run(wanted, dict(feeds))
+    except Exception as error:  # see open_session
+        shapes = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in feeds.items())
+        raise ModelError(f"onnxruntime could not run the model on {shapes[:300]}: {one_line(error)}") from error
+    return dict(zip(wanted, values, strict=True))
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an exception on one line, at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _cpu_name() -> str:
+    import platform
+
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpu_name() -> str:
+    import shutil
+    import subprocess
+
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return "CUDA device 0"
+    query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
+    return answer or "CUDA device 0"

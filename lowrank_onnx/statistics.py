@@ -1,0 +1,209 @@
+"""observe(): run the model on data and keep sums of what goes into every site. Never the data themselves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto
+
+from lowrank_onnx.base import Moments, Site
+from lowrank_onnx.batches import batches, can_batch
+from lowrank_onnx.data import Dataset
+from lowrank_onnx.errors import DataError
+from lowrank_onnx.linalg import Array
+from lowrank_onnx.model import Model
+from lowrank_onnx.runtime import Runtime, open_session, run
+
+WIDEST = 16384  # a second moment of this width takes 2 GiB; wider layers go without data
+_LIVE_BYTES = 128 * 2**20  # of observed tensors at one time
+_GRAM_BYTES = 2 * 2**30  # of second moments in one pass over the data
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total)."""
+
+
+@dataclass
+class MomentSums:
+    """Running sums of one tensor's rows; float64, so that a million rows lose nothing."""
+
+    width: int
+    rows: int = 0
+    total: Array = field(init=False)
+    products: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.total = np.zeros(self.width)
+        self.products = np.zeros((self.width, self.width))
+
+    def add(self, rows: Array) -> None:
+        """Add rows (n, K)."""
+        rows = rows.astype(np.float32, copy=False)
+        self.rows += len(rows)
+        self.total += rows.sum(axis=0, dtype=np.float64)
+        self.products += rows.T @ rows
+
+    def moments(self) -> Moments:
+        """The sums divided by the number of rows."""
+        return Moments(self.rows, self.total / self.rows, self.products / self.rows)
+
+
+def observable(site: Site) -> bool:
+    """Whether ``observe`` can see what goes into a site."""
+    return (
+        site.kind == "linear"
+        and site.weight.ndim == 2
+        and site.weight.shape[0] <= WIDEST
+        and all(not use.scope for use in site.uses)
+    )
+
+
+def observe(
+    model: Model,
+    sites: Sequence[Site],
+    dataset: Dataset,
+    runtime: Runtime,
+    mask: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Moments]]:
+    """Return the moments of every observable site on the calibration data.
+
+    Args:
+        model: The original model.
+        sites: Sites; those of which nothing can be observed are missing from the answer.
+        dataset: Calibration data.
+        runtime: Where to run.
+        mask: Name of the input that marks real rows with non-zero values; None looks for one.
+        progress: Told after every batch.
+
+    Raises:
+        DataError: ``mask`` names no input, or nothing is left behind the mask.
+        ModelError: onnxruntime cannot run the model on the data.
+    """
+    chosen = [site for site in sites if observable(site)]
+    layouts = {(use.input, row_layout(site)): site.weight.shape[0] for site in chosen for use in site.uses}
+    sums = {key: MomentSums(width) for key, width in layouts.items()}
+    shapes = {use.input: use.input_shape for site in chosen for use in site.uses}
+    for group in _groups(layouts):
+        names = sorted({name for name, _ in group})
+        session = open_session(expose(model.proto, names), runtime, model.folder)
+        size = _batch_size(session, dataset, [shapes[name] for name in names])
+        for indices in batches(len(dataset), size):
+            feeds = dataset.batch(indices) if size > 1 else dataset.feeds(indices[0])
+            values = run(session, feeds, [name for name in names if name not in feeds])
+            keep = padding_mask(feeds, mask)
+            for key in group:
+                name, layout = key
+                value = feeds[name] if name in feeds else values[name]
+                sums[key].add(as_rows(value, layout, keep))
+            if progress is not None:
+                progress("observe", indices[-1] + 1, len(dataset))
+    for (name, _), entry in sums.items():
+        if entry.rows == 0:
+            raise DataError(f"no row of tensor '{name}' is left behind the mask; is '{mask or 'the mask'}' all zeros?")
+    done = {key: entry.moments() for key, entry in sums.items()}
+    return {site.name: {use.input: done[(use.input, row_layout(site))] for use in site.uses} for site in chosen}
+
+
+def expose(proto: ModelProto, names: Sequence[str]) -> ModelProto:
+    """Return a copy of the model in which these tensors are outputs as well."""
+    copy = ModelProto()
+    copy.CopyFrom(proto)
+    known = {value.name for value in (*copy.graph.output, *copy.graph.input)}
+    for name in names:
+        if name not in known:
+            copy.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    return copy
+
+
+def row_layout(site: Site) -> str:
+    """How the rows of a linear site lie in its input: ``last`` axis, or ``first`` of the two last ones."""
+    columns = (site.attributes["side"] == "left") != bool(site.attributes["data_transposed"])
+    return "first" if columns else "last"
+
+
+def as_rows(value: Array, layout: str, keep: Array | None) -> Array:
+    """Return the rows (n, K) of an input tensor, without padding.
+
+    Args:
+        value: (..., K) for layout ``last``, (..., K, n) for ``first``.
+        layout: See ``row_layout``.
+        keep: (batch, positions) bool, False at padding; None keeps everything.
+    """
+    if layout == "first":
+        value = np.swapaxes(value, -1, -2)
+    if keep is not None:
+        batch, length = keep.shape
+        lead = value.shape[:-1]
+        if lead[:2] == (batch, length):
+            return value[keep].reshape(-1, value.shape[-1])
+        if lead[:2] == (length, batch):  # time first, as recurrent layers like it
+            return value[keep.T].reshape(-1, value.shape[-1])
+        if lead == (batch * length,):
+            return value[keep.reshape(-1)]
+        if len(lead) == 3 and (lead[0], lead[2]) == (batch, length):  # (batch, heads, positions, K)
+            return np.swapaxes(value, 1, 2)[keep].reshape(-1, value.shape[-1])
+    return value.reshape(-1, value.shape[-1])
+
+
+def padding_mask(feeds: Mapping[str, Array], name: str | None) -> Array | None:
+    """Return (batch, positions) bool, False at padding, or None where no input tells.
+
+    An input called like a mask that holds only 0 and 1, or one called like a length, one number a sample.
+
+    Raises:
+        DataError: ``name`` is no input, or no mask of two axes or lengths of one.
+    """
+    if name is not None:
+        if name not in feeds:
+            raise DataError(f"--mask '{name}' is no input of the model; inputs: {', '.join(feeds)}")
+        made = _as_mask(feeds[name], feeds)
+        if made is None:
+            raise DataError(
+                f"--mask '{name}' has shape {list(feeds[name].shape)}; expected a mask (batch, positions) or "
+                "lengths (batch)"
+            )
+        return made
+    for key, value in feeds.items():
+        if re.search(r"mask", key, re.IGNORECASE) and value.ndim == 2 and np.isin(value, (0, 1)).all():
+            return value.astype(bool)
+    for key, value in feeds.items():
+        if re.search(r"len(gth)?s?$|_len", key, re.IGNORECASE) and value.ndim == 1 and value.dtype.kind in "iu":
+            return _as_mask(value, feeds)
+    return None
+
+
+def _as_mask(value: Array, feeds: Mapping[str, Array]) -> Array | None:
+    if value.ndim == 2:
+        return value != 0
+    if value.ndim == 1:
+        longest = max((entry.shape[1] for entry in feeds.values() if entry.ndim > 1), default=0)
+        return np.asarray(np.arange(longest)[None, :] < value[:, None])
+    return None
+
+
+def _groups(layouts: Mapping[tuple[str, str], int]) -> list[list[tuple[str, str]]]:
+    """Split the tensors so that the sums of one pass over the data fit into memory."""
+    groups: list[list[tuple[str, str]]] = [[]]
+    used = 0
+    for key, width in layouts.items():
+        size = 8 * width * width
+        if groups[-1] and used + size > _GRAM_BYTES:
+            groups.append([])
+            used = 0
+        groups[-1].append(key)
+        used += size
+    return [group for group in groups if group]
+
+
+def _batch_size(session: Any, dataset: Dataset, shapes: Sequence[tuple[int, ...] | None]) -> int:
+    if not can_batch(session, dataset):
+        return 1
+    live = 4 * sum(int(np.prod(shape)) for shape in shapes if shape is not None)
+    return int(np.clip(_LIVE_BYTES // max(live, 1), 1, 32))
+
+

@@ -1,0 +1,229 @@
+"""Accuracy and speed of models side by side: same inputs, one process, interleaved runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lowrank_onnx.batches import batches, can_batch, joined
+from lowrank_onnx.data import Dataset
+from lowrank_onnx.errors import ModelError
+from lowrank_onnx.linalg import Array
+from lowrank_onnx.metrics import Fidelity, FidelityAccumulator, Metric, relative_drop
+from lowrank_onnx.runtime import Runtime, one_line, onnxruntime, run
+from lowrank_onnx.statistics import Progress
+
+_BATCH_BYTES = 64 * 2**20  # of inputs and outputs at one time
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """A metric of both models, on the same samples; ``relative_drop`` is positive where it got worse."""
+
+    name: str
+    before: float
+    after: float
+    relative_drop: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How the candidate answers, against the reference; ``metric`` is None where none was asked for."""
+
+    fidelity: Fidelity
+    metric: MetricResult | None
+
+
+class Outputs:
+    """What a session answers to a data set, batch by batch.
+
+    Args:
+        session: An open session.
+        dataset: The samples.
+        size: Batch size; None finds the largest that is safe.
+    """
+
+    def __init__(self, session: Any, dataset: Dataset, size: int | None = None) -> None:
+        self.session = session
+        self.dataset = dataset
+        self.size = size if size is not None else safe_batch(session, dataset)
+
+    def __iter__(self) -> Any:
+        for indices in batches(len(self.dataset), self.size):
+            feeds = self.dataset.batch(indices) if self.size > 1 else self.dataset.feeds(indices[0])
+            yield run(self.session, feeds)
+
+
+def safe_batch(session: Any, dataset: Dataset) -> int:
+    """The batch size for a data set: 1 where samples may not be joined, else what memory allows, at most 32."""
+    if not can_batch(session, dataset):
+        return 1
+    feeds = dataset.feeds(0)
+    one = sum(value.nbytes for value in (*feeds.values(), *run(session, feeds).values()))
+    return int(np.clip(_BATCH_BYTES // max(one, 1), 1, 32))
+
+
+def compare(
+    reference: Any,
+    candidate: Any,
+    dataset: Dataset,
+    metric: Metric | None = None,
+    progress: Progress | None = None,
+) -> Accuracy:
+    """Run two sessions on the same data and compare their answers.
+
+    Raises:
+        ModelError: One of them cannot run on the data, or their outputs differ in name or shape.
+        MetricError: The metric fails, or an output holds NaN.
+    """
+    size = min(safe_batch(reference, dataset), safe_batch(candidate, dataset))
+    names = [output.name for output in reference.get_outputs()]
+    other = [output.name for output in candidate.get_outputs()]
+    if names != other:
+        raise ModelError(f"the models differ in their outputs: {', '.join(names)} and {', '.join(other)}")
+    sums = FidelityAccumulator()
+    kept: tuple[dict[str, list[Array]], dict[str, list[Array]]] = ({}, {})
+    done = 0
+    for before, after in zip(Outputs(reference, dataset, size), Outputs(candidate, dataset, size), strict=True):
+        for name in names:
+            if before[name].shape != after[name].shape:
+                raise ModelError(
+                    f"output '{name}' of the candidate has shape {list(after[name].shape)}, that of the reference "
+                    f"{list(before[name].shape)}"
+                )
+        sums.update(before, after)
+        if metric is not None:
+            for place, values in enumerate((before, after)):
+                for name, value in values.items():
+                    kept[place].setdefault(name, []).append(value)
+        done += size
+        if progress is not None:
+            progress("validate", min(done, len(dataset)), len(dataset))
+    return Accuracy(sums.result(), None if metric is None else _measured(metric, kept, dataset))
+
+
+def _measured(
+    metric: Metric, kept: tuple[dict[str, list[Array]], dict[str, list[Array]]], dataset: Dataset
+) -> MetricResult:
+    values = []
+    for part in kept:
+        outputs = {name: joined(rows) for name, rows in part.items()}
+        part.clear()
+        values.append(metric.score(outputs, dataset.arrays))
+    before, after = values
+    return MetricResult(metric.name, before, after, relative_drop(before, after, metric), len(dataset))
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Wall time of one run in milliseconds."""
+
+    median: float
+    iqr: float
+    runs: int
+
+    def as_dict(self) -> dict[str, float]:
+        """As the report has it."""
+        return {"median": self.median, "iqr": self.iqr, "runs": self.runs}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Latency of the first model over that of another: point, and bootstrap 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Interleaved timing of several models; ``ratios[i]`` compares model i with the first."""
+
+    latencies: tuple[Latency, ...]
+    ratios: tuple[Ratio, ...]
+
+
+def benchmark(
+    sessions: Sequence[Any],
+    feeds: Mapping[str, Array] | Sequence[Mapping[str, Array]],
+    runtime: Runtime,
+    seed: int = 0,
+    seconds: float = 6.0,
+    runs: int = 200,
+    fewest: int = 15,
+) -> Timing:
+    """Time models side by side.
+
+    Every round runs each model once, in random order, with inputs and outputs bound. The bootstrap draws
+    rounds, so that what slows a whole round down cancels.
+
+    Args:
+        sessions: Open sessions; the first is the reference.
+        feeds: Inputs for all, or one set per session.
+        runtime: Where the sessions run.
+        seed: Order of the runs and draws of the bootstrap.
+        seconds: Stop after that long, but not before ``fewest`` rounds.
+        runs: At most that many rounds.
+        fewest: At least that many rounds.
+    """
+    each = [feeds] * len(sessions) if isinstance(feeds, Mapping) else list(feeds)
+    calls = [_bound(session, inputs, runtime) for session, inputs in zip(sessions, each, strict=True)]
+    for call in calls:
+        for _ in range(3):
+            call()
+    rng = np.random.default_rng(seed)
+    times: list[list[float]] = []
+    start = time.perf_counter()
+    while len(times) < runs and (len(times) < fewest or time.perf_counter() - start < seconds):
+        row = [0.0] * len(calls)
+        for place in rng.permutation(len(calls)):
+            begin = time.perf_counter()
+            calls[place]()
+            row[place] = 1000 * (time.perf_counter() - begin)
+        times.append(row)
+    table = np.array(times)  # (rounds, models)
+    return Timing(tuple(_latency(column) for column in table.T), tuple(_ratios(table, rng)))
+
+
+def _bound(session: Any, feeds: Mapping[str, Array], runtime: Runtime) -> Any:
+    """A call that runs the session once, with inputs on the device and outputs left there."""
+    ort = onnxruntime()
+    binding = session.io_binding()
+    for name, value in feeds.items():
+        binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value, runtime.provider, 0))
+    for output in session.get_outputs():
+        binding.bind_output(output.name, runtime.provider)
+
+    def call() -> None:
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+
+    try:
+        call()
+    except Exception as error:  # onnxruntime raises a class of its own for each status code
+        raise ModelError(f"onnxruntime could not run the model on the given shapes: {one_line(error)}") from error
+    return call
+
+
+def _latency(column: Array) -> Latency:
+    low, middle, high = np.percentile(column, [25, 50, 75])
+    return Latency(float(middle), float(high - low), len(column))
+
+
+def _ratios(table: Array, rng: np.random.Generator) -> list[Ratio]:
+    draws = rng.integers(0, len(table), (_RESAMPLES, len(table)))
+    medians = np.median(table[draws], axis=1)  # (resamples, models)
+    points = np.median(table, axis=0)
+    ratios = []
+    for place in range(table.shape[1]):
+        spread = medians[:, 0] / medians[:, place]
+        low, high = np.percentile(spread, [2.5, 97.5])
+        ratios.append(Ratio(float(points[0] / points[place]), float(low), float(high)))
+    return ratios

@@ -1,0 +1,8 @@
+"""The techniques, in the order in which they are offered. A new one is a file here and a line below."""
+
+from lowrank_onnx.base import Pass
+from lowrank_onnx.passes.svd import SVD
+
+PASSES: tuple[type[Pass], ...] = (SVD,)
+
+__all__ = ["PASSES"]
