@@ -93,28 +93,24 @@ class Site:
 class Moments:
     """Sums over the calibration rows of one input tensor, divided by their number.
 
-    Where a compressed prefix delivers other inputs than the original, ``gram`` and ``mean`` are of what is
-    delivered (x̂, width K̂), and ``cross``, ``source_gram``, ``source_mean`` tell of the original (x, width K).
+    A refit asks for another output than the weight would give on this input; then ``target_*`` tell of that
+    output t, before the bias.
 
     Attributes:
         rows: Number of rows summed; padding is left out.
-        mean: (K̂,) E[x̂].
-        gram: (K̂, K̂) E[x̂ᵀ x̂], not centred.
-        cross: (K̂, K) E[x̂ᵀ x]; None where x̂ is x.
-        source_gram: (K, K) E[xᵀ x]; None where x̂ is x.
-        source_mean: (K,) E[x]; None where x̂ is x.
+        mean: (K,) E[x].
+        gram: (K, K) E[xᵀ x], not centred.
+        target_cross: (K, N) E[xᵀ t]; None where the weight's own output is wanted.
+        target_mean: (N,) E[t].
+        target_energy: E|t|².
     """
 
     rows: int
     mean: Array
     gram: Array
-    cross: Array | None = None
-    source_gram: Array | None = None
-    source_mean: Array | None = None
-
-    def covariance(self) -> Array:
-        """(K̂, K̂) of x̂, centred."""
-        return self.gram - self.mean[:, None] * self.mean[None, :]
+    target_cross: Array | None = None
+    target_mean: Array | None = None
+    target_energy: float = 0.0
 
 
 Statistics = Mapping[str, Mapping[str, Any]]
@@ -175,6 +171,14 @@ Factors = Mapping[str, Array]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Dense:
+    """A weight in the layout of ``Site.weight``, and the whole bias by node where it changes."""
+
+    weight: Array
+    biases: Mapping[str, Array]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Replacement:
     """Nodes to take out of one graph, and nodes to put in.
 
@@ -200,12 +204,14 @@ class Pass(ABC):
         kinds: The kinds of sites it takes.
         reference: Where the method comes from.
         default: Whether it takes part when no ``--technique`` is given.
+        needs_data: Whether it has nothing to offer without calibration data.
     """
 
     name: ClassVar[str]
     kinds: ClassVar[tuple[str, ...]]
     reference: ClassVar[str]
     default: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = False
 
     @abstractmethod
     def refuse(self, site: Site) -> str | None:
@@ -237,6 +243,26 @@ class Pass(ABC):
         """Build the replacing nodes. Touches nothing."""
 
     @abstractmethod
+    def targets(self, site: Site) -> tuple[Site, ...]:
+        """The linear sites whose outputs a refit aims at; they read one tensor. Empty: no refit."""
+
+    @abstractmethod
+    def refit(
+        self, site: Site, candidate: Candidate, factors: Factors, moments: Moments, ridge: float
+    ) -> Factors:
+        """Fit the factors anew, at the same ranks, to what the rewritten graph delivers.
+
+        Args:
+            moments: Of the tensor the last factors read in the rewritten graph; the target is the outputs of
+                ``targets(site)``, side by side.
+            ridge: In units of the mean diagonal of ``moments.gram``.
+        """
+
+    @abstractmethod
+    def effective(self, site: Site, candidate: Candidate, factors: Factors) -> tuple[Array, Array | None]:
+        """The map (K, N) the factors make of that tensor, and the whole bias (N,); None if unchanged."""
+
+    @abstractmethod
     def spell_rank(self, site: Site, analysis: Any, wish: RankWish) -> tuple[int, ...] | str:
         """Turn ``--rank`` into the ranks of one site, or say why it does not apply there."""
 
@@ -245,12 +271,8 @@ class Pass(ABC):
         """Return why ranks a person wrote do not suit a site; None if they do."""
 
     @abstractmethod
-    def dense_equivalent(self, site: Site, candidate: Candidate, factors: Factors) -> Mapping[str, Array]:
-        """The stored weight, in the layout of ``site.weight``, that the factors multiply out to.
-
-        Returns:
-            ``weight``, and ``bias`` per use as ``bias:<node>`` where the factors change it.
-        """
+    def dense_equivalent(self, site: Site, candidate: Candidate, factors: Factors) -> Mapping[str, Dense]:
+        """What the factors multiply out to, by single site: the same output from dense layers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,22 +76,17 @@ def right_basis(metric_root: Array, weight: Array) -> tuple[Array, Array]:
     return sigma, vt.T
 
 
-def regression(cross: Array, gram: Array, weight: Array, ridge: float) -> Array:
-    """Return the full-rank W* (K', N) that best gives ``x @ weight`` from ``x̂``.
+def regression(gram: Array, target_cross: Array, weight: Array, ridge: float) -> Array:
+    """Return the W* (K, N) that best gives a wanted output t from x: ``(G + λI)⁻¹ (E[xᵀ t] + λ W)``.
 
     Args:
-        cross: (K', K) E[x̂ᵀ x], x̂ the input delivered, x the original input.
-        gram: (K', K') E[x̂ᵀ x̂].
-        weight: (K, N).
-        ridge: In units of the mean diagonal of gram; pulls W* towards weight when K' = K.
-
-    Source: ``W* = (Ĝ + λI)⁻¹ (C + λI) W``, reduced-rank regression with propagated inputs.
+        gram: (K, K) E[xᵀ x].
+        target_cross: (K, N) E[xᵀ t].
+        weight: (K, N) what the ridge pulls to.
+        ridge: λ in units of the mean diagonal of gram.
     """
     shrink = ridge * float(np.trace(gram)) / len(gram)
-    left = with_ridge(gram, ridge)
-    right = cross @ weight
-    if cross.shape[0] == cross.shape[1]:
-        right = right + shrink * weight
+    left, right = with_ridge(gram, ridge), target_cross + shrink * weight
     try:
         return np.asarray(scipy.linalg.solve(left, right, assume_a="pos"))
     except (np.linalg.LinAlgError, scipy.linalg.LinAlgWarning):

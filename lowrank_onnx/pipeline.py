@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from onnx import ModelProto
 
-from lowrank_onnx.base import Candidate, Moments, Pass, Plan, Site, configure
+from lowrank_onnx.base import Moments, Pass, Plan, Site, configure
 from lowrank_onnx.budget import Selection, carry_out, meet_budget, reasons_for_kept
 from lowrank_onnx.building import Choice
 from lowrank_onnx.data import load_data
@@ -24,6 +24,7 @@ from lowrank_onnx.feeds import choose_feeds, read_shapes
 from lowrank_onnx.model import check_output, save
 from lowrank_onnx.passes import PASSES
 from lowrank_onnx.plans import check_model, chosen_rows, plan_to_dict, read_plan
+from lowrank_onnx.probes import Curve, damage_of, probe
 from lowrank_onnx.problem import Data, Problem, Source, open_model, pose
 from lowrank_onnx.proposals import Proposal, filter_sites, propose
 from lowrank_onnx.reporting import benchmark_report, compress_report, inspect_report, measure, validate_report
@@ -150,20 +151,35 @@ def _decide(
     settings: Settings,
     statistics: Mapping[str, Mapping[str, Any]],
     clock: Clock,
+    progress: Progress | None,
 ) -> Planned:
-    """Propose and allocate."""
+    """Propose, probe and allocate."""
     sites, reasons = filter_sites(problem.sites, settings.include, settings.exclude)
     with clock.step("propose"):
         proposals, refusals = propose(sites, settings.passes(), statistics, target.rank, settings.jobs)
     reasons |= refusals
+    if not proposals:
+        raise TargetError(f"{target.option} cannot be met: no layer can be factorized ({_summary(reasons)})")
+    curves: Mapping[int, Curve] = {}
+    if target.kind != "rank" and problem.calibrate is not None:
+        with clock.step("probe"):
+            curves = probe(
+                problem.model,
+                problem.session,
+                proposals,
+                problem.calibrate,
+                problem.runtime,
+                settings.mask,
+                problem.seed,
+                {},
+                progress,
+            )
     with clock.step("allocate"):
-        if not proposals:
-            raise TargetError(f"{target.option} cannot be met: no layer can be factorized ({_summary(reasons)})")
         if target.kind == "rank":
             selection = carry_out(problem, _first_of_each(proposals))
             kept = "another technique took it"
         else:
-            selection = meet_budget(problem, proposals, local_damage(proposals), target.kind, target.value)
+            selection = meet_budget(problem, proposals, damage_of(proposals, curves), target.kind, target.value)
             kept = "dense is the better use of the budget: other layers lose less"
     return Planned(selection, tuple(proposals), reasons_for_kept(problem.sites, selection.choices, reasons, kept))
 
@@ -177,11 +193,6 @@ def _first_of_each(proposals: Sequence[Proposal]) -> list[Choice]:
         if not entry.site.parts and (name not in best or choice.candidate.error < best[name].candidate.error):
             best[name] = choice
     return list(best.values())
-
-
-def local_damage(proposals: Sequence[Proposal]) -> Callable[[Candidate], float]:
-    """Squared relative error of the layer alone: what is left when the model's output was not probed."""
-    return lambda candidate: candidate.error**2
 
 
 def _summary(reasons: Mapping[str, str]) -> str:
@@ -257,7 +268,7 @@ def compress(
     with clock.step("load"):
         problem = pose(model, Runtime(provider, threads), calibrate, evaluate, metric, shape, seed)
     statistics = _observe(problem, settings, clock, progress)
-    planned = _decide(problem, wish, settings, statistics, clock)
+    planned = _decide(problem, wish, settings, statistics, clock, progress)
     return _finish(problem, wish, settings, planned, clock, progress)
 
 

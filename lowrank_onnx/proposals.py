@@ -95,6 +95,8 @@ def propose(
 def _propose(
     site: Site, technique: Pass, moments: Mapping[str, Any] | None, wish: RankWish | None
 ) -> Proposal | str:
+    if technique.needs_data and moments is None:
+        return f"{technique.name} needs calibration data at this site"
     try:
         analysis = technique.analyse(site, moments)
     except (ArithmeticError, ValueError) as error:

@@ -144,6 +144,8 @@ def inspect_report(
         offered.setdefault(entry.site.name, []).append(entry)
     rows = []
     for site in problem.sites:
+        if site.parts:
+            continue
         row: dict[str, Any] = {
             "name": site.name,
             "kind": site.kind,

@@ -55,7 +55,7 @@ class MomentSums:
 def observable(site: Site) -> bool:
     """Whether ``observe`` can see what goes into a site."""
     return (
-        site.kind == "linear"
+        site.kind in ("linear", "shared_input", "feedforward")
         and site.weight.ndim == 2
         and site.weight.shape[0] <= WIDEST
         and all(not use.scope for use in site.uses)
@@ -122,7 +122,7 @@ def expose(proto: ModelProto, names: Sequence[str]) -> ModelProto:
 
 def row_layout(site: Site) -> str:
     """How the rows of a linear site lie in its input: ``last`` axis, or ``first`` of the two last ones."""
-    columns = (site.attributes["side"] == "left") != bool(site.attributes["data_transposed"])
+    columns = (site.attributes.get("side") == "left") != bool(site.attributes.get("data_transposed"))
     return "first" if columns else "last"
 
 

@@ -1,8 +1,10 @@
 """The techniques, in the order in which they are offered. A new one is a file here and a line below."""
 
 from lowrank_onnx.base import Pass
+from lowrank_onnx.passes.feedforward import Feedforward
+from lowrank_onnx.passes.shared_input import SharedInput
 from lowrank_onnx.passes.svd import SVD
 
-PASSES: tuple[type[Pass], ...] = (SVD,)
+PASSES: tuple[type[Pass], ...] = (SVD, SharedInput, Feedforward)
 
 __all__ = ["PASSES"]

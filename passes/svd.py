@@ -8,14 +8,15 @@ covariance, and the mean of what is lost goes into the bias. Without data it is 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from lowrank_onnx.base import Candidate, Factors, Moments, Pass, RankWish, Replacement, Site, Use
+from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish, Replacement, Site, Use
 from lowrank_onnx.chains import balanced, linear_chain, store
-from lowrank_onnx.decompositions.svd import LowRankBasis, data_aware, plain, propagated
+from lowrank_onnx.decompositions.svd import LowRankBasis, data_aware, plain, regressed
 from lowrank_onnx.linalg import Array, energy_rank
 
 
@@ -26,7 +27,7 @@ class Spectrum:
     Attributes:
         slices: One basis per matrix of the weight; one for a plain 2-D weight.
         centred: Whether the means are split off and go into the bias.
-        means: Per use (node name): mean of what is delivered (K̂,), mean of the original input (K,).
+        means: Per use (node name): mean of the input (K,), mean of the wanted output (N,).
     """
 
     slices: tuple[LowRankBasis, ...]
@@ -81,14 +82,15 @@ class SVD(Pass):
         centred = self._basis(matrices[0], pooled(site, moments, centred=True), raw.output.total)
         if not all(_bias_is_free(site, use) for use in site.uses) and not self._pays(site, centred, raw):
             return Spectrum((raw,), False, {})
-        means = {use.node: _means(moments[use.input]) for use in site.uses}
+        means = {use.node: _means(site, moments[use.input]) for use in site.uses}
         return Spectrum((centred,), True, means)
 
     def _basis(self, matrix: Array, moments: Moments, energy: float | None) -> LowRankBasis:
-        if moments.cross is None:
+        if moments.target_cross is None:
             return data_aware(matrix, moments.gram, self.ridge, energy)
-        assert moments.source_gram is not None
-        return propagated(matrix, moments.gram, moments.cross, moments.source_gram, self.ridge, energy)
+        return regressed(
+            matrix, moments.gram, moments.target_cross, moments.target_energy, self.ridge, energy
+        )
 
     def _pays(self, site: Site, centred: LowRankBasis, raw: LowRankBasis) -> bool:
         """Whether centring takes enough off at half of break-even to be worth a new Add."""
@@ -128,10 +130,9 @@ class SVD(Pass):
         second = np.stack([pair[1] for pair in pairs]).reshape(*shape, rank, -1)
         factors = {"first": store(first, site), "second": store(second, site)}
         for use in site.uses if analysis.centred else ():
-            delivered, original = analysis.means[use.node]
+            delivered, wanted = analysis.means[use.node]
             bias = 0.0 if use.bias is None else use.bias.astype(np.float64)
-            shift = original @ site.weight.astype(np.float64) - (delivered @ first) @ second
-            factors[f"bias:{use.node}"] = store(bias + shift, site)
+            factors[f"bias:{use.node}"] = store(bias + wanted - (delivered @ first) @ second, site)
         return factors
 
     def emit(self, site: Site, candidate: Candidate, factors: Factors) -> Sequence[Replacement]:
@@ -153,10 +154,30 @@ class SVD(Pass):
         full = min(site.weight.shape[-2:])
         return None if len(ranks) == 1 and 1 <= ranks[0] <= full else f"expected one rank from 1 to {full}"
 
-    def dense_equivalent(self, site: Site, candidate: Candidate, factors: Factors) -> Mapping[str, Array]:
+    def targets(self, site: Site) -> tuple[Site, ...]:
+        """See Pass.targets."""
+        return (site,) if len(site.uses) == 1 and site.weight.ndim == 2 else ()
+
+    def refit(
+        self, site: Site, candidate: Candidate, factors: Factors, moments: Moments, ridge: float
+    ) -> Factors:
+        """See Pass.refit."""
+        again = dataclasses.replace(self, ridge=ridge)
+        return again.factorize(site, again.analyse(site, {site.uses[0].input: moments}), candidate)
+
+    def effective(self, site: Site, candidate: Candidate, factors: Factors) -> tuple[Array, Array | None]:
+        """See Pass.effective."""
+        return product_of(factors), factors.get(f"bias:{site.uses[0].node}")
+
+    def dense_equivalent(self, site: Site, candidate: Candidate, factors: Factors) -> Mapping[str, Dense]:
         """See Pass.dense_equivalent."""
-        dense = {"weight": factors["first"].astype(np.float64) @ factors["second"].astype(np.float64)}
-        return {**dense, **{name: value for name, value in factors.items() if name.startswith("bias:")}}
+        biases = {use.node: factors[f"bias:{use.node}"] for use in site.uses if f"bias:{use.node}" in factors}
+        return {site.name: Dense(product_of(factors), biases)}
+
+
+def product_of(factors: Factors) -> Array:
+    """The matrix two factors make, in float64."""
+    return np.asarray(factors["first"].astype(np.float64) @ factors["second"].astype(np.float64))
 
 
 def break_even(site: Site) -> int:
@@ -175,28 +196,27 @@ def pooled(site: Site, moments: Mapping[str, Moments], centred: bool) -> Moments
     parts = [moments[use.input] for use in site.uses]
     rows = sum(part.rows for part in parts)
     share = [part.rows / rows for part in parts]
-    propagates = any(part.cross is not None for part in parts)
 
     def total(values: Sequence[Array]) -> Array:
         return np.asarray(sum(weight * value for weight, value in zip(share, values, strict=True)))
 
-    def outer(a: Array, b: Array) -> Array:
-        return a[:, None] * b[None, :] if centred else np.zeros((1, 1))
-
-    pairs = [_means(part) for part in parts]
-    gram = total([p.gram - outer(d, d) for p, (d, _) in zip(parts, pairs, strict=True)])
-    mean = total([delivered for delivered, _ in pairs])
-    if not propagates:
+    mean = total([part.mean for part in parts])
+    gram = total([part.gram - np.outer(part.mean, part.mean) if centred else part.gram for part in parts])
+    if len(parts) > 1 or parts[0].target_cross is None:
         return Moments(rows, mean, gram)
-    crosses = [p.gram if p.cross is None else p.cross for p in parts]
-    sources = [p.gram if p.source_gram is None else p.source_gram for p in parts]
-    cross = total([c - outer(d, o) for c, (d, o) in zip(crosses, pairs, strict=True)])
-    source = total([s - outer(o, o) for s, (_, o) in zip(sources, pairs, strict=True)])
-    return Moments(rows, mean, gram, cross, source, total([original for _, original in pairs]))
+    (part,) = parts
+    assert part.target_cross is not None and part.target_mean is not None
+    if not centred:
+        return part
+    cross = part.target_cross - np.outer(part.mean, part.target_mean)
+    energy = part.target_energy - float(part.target_mean @ part.target_mean)
+    return Moments(rows, mean, gram, cross, part.target_mean, energy)
 
 
-def _means(moments: Moments) -> tuple[Array, Array]:
-    return moments.mean, moments.mean if moments.source_mean is None else moments.source_mean
+def _means(site: Site, moments: Moments) -> tuple[Array, Array]:
+    if moments.target_mean is not None:
+        return moments.mean, moments.target_mean
+    return moments.mean, moments.mean @ site.weight.astype(np.float64)
 
 
 def _bias_possible(use: Use) -> bool:

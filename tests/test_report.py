@@ -245,7 +245,7 @@ def page_of(write: Callable[[Any, Path], None], value: Any, folder: Path) -> Pag
     assert "url(" not in re.sub(r"url\(#[^)]*\)", "", text), "the page asks for something outside it"
     assert "@import" not in text
     page = Page(text)
-    assert not page.tags & {"script", "img", "link", "iframe", "object"}
+    assert not page.tags & {"script", "img", "link", "iframe", "object", "metadata"}
     assert not page.handlers
     assert all(reference.startswith("#") for reference in page.references)
     return page
@@ -473,6 +473,16 @@ def test_report_with_a_frontier_shows_it(tmp_path: Path) -> None:
 def test_speed_is_told_with_its_interval(ratio: tuple[float | None, ...], said: str | None) -> None:
     keys = ("speedup", "speedup_low", "speedup_high")
     assert wording.speed({"ratio": dict(zip(keys, ratio, strict=True))}) == said
+
+
+def test_a_comparison_of_two_models_speaks_of_no_layers(tmp_path: Path) -> None:
+    report = CASES["empty"]() | {"candidate": {"path": "other.onnx", "sha256": "cd" * 32, "opset": 17}, "target": {}}
+    jsonschema.validate(report, SCHEMA)
+    for text in (printed(reports.render_terminal, report), page_of(reports.write_html, report, tmp_path).text):
+        assert "Compared with other.onnx." in text
+        assert "0.55 of the MACs, 1.80 times faster" in text
+        assert "actorize" not in text
+        assert "Layer errors" not in text
 
 
 def test_headline_leads_with_what_the_target_names() -> None:

@@ -1,7 +1,6 @@
 """Truncated SVD of a linear layer in the metric of its data: every rank from one decomposition.
 
-The layer is ``y = x @ W``, W (K, N), rows of x are samples. Where a compressed prefix delivers x̂ instead
-of x, the layer is asked to give from x̂ what the original gave from x.
+The layer is ``y = x @ W``, W (K, N), rows of x are samples.
 """
 
 from __future__ import annotations
@@ -67,27 +66,32 @@ def data_aware(weight: Array, gram: Array, ridge: float, output_energy: float | 
     )
 
 
-def propagated(
-    weight: Array, gram: Array, cross: Array, source_gram: Array, ridge: float, output_energy: float | None = None
+def regressed(
+    weight: Array,
+    gram: Array,
+    target_cross: Array,
+    target_energy: float,
+    ridge: float,
+    output_energy: float | None = None,
 ) -> LowRankBasis:
-    """Reduced-rank regression of the original output on the inputs a compressed prefix delivers.
+    """Reduced-rank regression of a wanted output on the input that is delivered.
 
     Args:
-        weight: (K, N).
-        gram: (K̂, K̂) of x̂.
-        cross: (K̂, K) E[x̂ᵀ x].
-        source_gram: (K, K) of x.
+        weight: (K, N) the original weight, which the ridge pulls to.
+        gram: (K, K) of the input x.
+        target_cross: (K, N) E[xᵀ t] with the wanted output t.
+        target_energy: E|t|².
         ridge: In units of the mean diagonal of gram.
-        output_energy: E|x W|²; that of source_gram if None.
+        output_energy: What errors are relative to; ``target_energy`` if None.
 
-    Source: objective ``min |x W − x̂ Ŵ|`` (SVD-LLM V2, AA-SVD call it obj4); Izenman 1975 for the regression.
+    Source: Izenman 1975; with t the output of the original model this is what SVD-LLM V2 and AA-SVD
+    compute from propagated inputs.
     """
     weight = np.asarray(weight, np.float64)
-    star = regression(cross, gram, weight, ridge)  # (K̂, N)
+    star = regression(gram, target_cross, weight, ridge)
     sigma, right = right_basis(psd_root(with_ridge(gram, ridge)), star)
-    directions = star @ right  # (K̂, q)
-    explained = 2 * np.einsum("kq,kq->q", directions, cross @ (weight @ right))
+    directions = star @ right  # (K, q)
+    explained = 2 * np.einsum("kq,kq->q", directions, target_cross @ right)
     explained -= np.einsum("kq,kq->q", directions, gram @ directions)
-    energy = float(np.einsum("kn,kn->", weight, source_gram @ weight))
-    left = np.maximum(energy - np.concatenate([[0.0], np.cumsum(explained)]), 0.0)
-    return LowRankBasis(star, right, sigma, Tail(left, energy if output_energy is None else output_energy), None)
+    left = np.maximum(target_energy - np.concatenate([[0.0], np.cumsum(explained)]), 0.0)
+    return LowRankBasis(star, right, sigma, Tail(left, target_energy if output_energy is None else output_energy), None)

@@ -157,7 +157,8 @@ def refit_tucker2(
     """Refit core and output factor to the layer's output on data; the best there is for the input factor.
 
     Args:
-        factors: Whose input factor and ranks are kept.
+        factors: Whose input factor and ranks are kept; an output rank beyond r_i · prod(kernel) restricts
+            nothing, and its output factor is dropped.
         weight: (O, I, *kernel) the original weight.
         patch_gram: (F, F) centred second moment of the patches delivered, F = I · prod(kernel).
         ridge: Pull towards the original weight, in units of the mean variance of the patch.

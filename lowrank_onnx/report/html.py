@@ -1,6 +1,6 @@
 """The report as one HTML page that needs nothing beside it: no script, no font, no image from elsewhere."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -81,9 +81,9 @@ def write_html(report: Mapping[str, Any], path: Path) -> None:
         path,
         report=report,
         headline=wording.headline(report),
-        target=wording.target(report),
+        asked=wording.asked(report),
         comparisons=wording.comparisons(report),
-        sentences=_sentences(report),
+        sentences=wording.notes(report),
         factorized=len(wording.factorized(sites)),
         kept=wording.by_reason(site for site in sites if site.get("decision") != "factorized"),
         bars=bars(sites, wording.errors_are_output(report)),
@@ -205,16 +205,6 @@ def _largest(items: Sequence[Any], weight: Callable[[Any], Any], number: int) ->
     return [items[place] for place in sorted(places)]
 
 
-def _sentences(report: Mapping[str, Any]) -> list[str]:
-    said: Iterable[str | None] = (
-        wording.fidelity(report),
-        wording.metric_samples(report),
-        wording.errors(report),
-        plain((report.get("data") or {}).get("note") or ""),
-    )
-    return [sentence for sentence in said if sentence]
-
-
 def _steps(seconds: Mapping[str, Any]) -> list[tuple[str, str, float]]:
     """Return steps with their time and their percent of the whole run, the whole run last."""
     total = finite(seconds.get("total")) or sum(finite(value) or 0.0 for value in seconds.values()) or 1.0
@@ -256,6 +246,7 @@ def _environment() -> jinja2.Environment:
         wording.decibels,
         wording.similarity,
         wording.environment,
+        wording.sentence,
         breakable,
     ):
         environment.filters[filter_.__name__] = filter_

@@ -220,7 +220,7 @@ def _figure(pixels: tuple[int, int], salt: str) -> Iterator[tuple[Any, io.String
         with warnings.catch_warnings():
             # Only the reader's browser has to have the glyphs; here they are measured, roughly.
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            figure.savefig(out, format="svg", metadata={"Date": None})
+            figure.savefig(out, format="svg")
 
 
 def _inline(out: io.StringIO) -> str:

@@ -33,22 +33,18 @@ def render_terminal(report: Mapping[str, Any], console: Console) -> None:
         f"{plain(model['path'])}  opset {model['opset']}  sha256 {plain(model['sha256'])[:12]}",
         "dim",
     )
-    say(console, f"Target: {wording.target(report)}", "dim")
+    say(console, wording.asked(report), "dim")
     console.print()
     say(console, wording.headline(report), "bold")
     console.print()
     console.print(_before_after(report, console))
     console.print()
-    sentences = [wording.fidelity(report), wording.metric_samples(report), wording.errors(report)]
-    for sentence in sentences:
-        if sentence:
-            say(console, sentence)
-    if note := (report.get("data") or {}).get("note"):
-        say(console, plain(note))
+    for sentence in wording.notes(report):
+        say(console, sentence)
     if where := wording.environment(report):
         say(console, f"Measured with {where}.")
     for warning in report.get("warnings") or ():
-        say(console, f"Warning: {plain(warning)}", "yellow")
+        say(console, f"Warning: {wording.sentence(warning)}", "yellow")
     _layers(report, console)
 
 
@@ -164,6 +160,8 @@ def _before_after(report: Mapping[str, Any], console: Console) -> Table:
 
 def _layers(report: Mapping[str, Any], console: Console) -> None:
     sites = report["sites"]
+    if not sites and report.get("candidate"):
+        return
     if not sites:
         console.print()
         say(console, "The model has no layer that low-rank factorization could take.")

@@ -28,6 +28,31 @@ class Comparison:
     share: float | None
 
 
+def asked(report: Mapping[str, Any]) -> str:
+    """Return what the user asked for: a target, or a comparison with another model."""
+    if other := report.get("candidate"):
+        return f"Compared with {plain(other['path'])}."
+    return f"Target: {target(report)}."
+
+
+def sentence(text: Any) -> str:
+    """Return a clause as a sentence: warnings and notes are collected as clauses."""
+    words = plain(text).strip()
+    return words[:1].upper() + words[1:] + ("" if not words or words.endswith((".", "!", "?")) else ".")
+
+
+def notes(report: Mapping[str, Any]) -> list[str]:
+    """Return sentences that go under the table before/after: what was measured, on what, and what errors mean."""
+    layers = report["sites"]
+    said = (
+        fidelity(report),
+        metric_samples(report),
+        errors(report) if layers else "",
+        sentence((report.get("data") or {}).get("note") or ""),
+    )
+    return [text for text in said if text]
+
+
 def target(report: Mapping[str, Any]) -> str:
     """Return what the user asked for."""
     words = []
@@ -41,10 +66,10 @@ def target(report: Mapping[str, Any]) -> str:
 def headline(report: Mapping[str, Any]) -> str:
     """Return the result in one sentence: what is left, how fast, how good."""
     parts = [share(report), speed(report), quality(report)]
-    sentence = ", ".join(part for part in parts if part) + "."
-    if not factorized(report["sites"]):
-        return f"No layer was factorized: {sentence}" if report["sites"] else f"No layer to factorize: {sentence}"
-    return sentence
+    result = ", ".join(part for part in parts if part) + "."
+    if not factorized(report["sites"]) and not report.get("candidate"):
+        return f"No layer was factorized: {result}" if report["sites"] else f"No layer to factorize: {result}"
+    return result
 
 
 def share(report: Mapping[str, Any]) -> str:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from lowrank_onnx.base import Site
 from lowrank_onnx.model import Model
 from lowrank_onnx.shapes import Shapes
-from lowrank_onnx.sites import convolution, embedding, linear, recurrent
+from lowrank_onnx.sites import convolution, embedding, feedforward, linear, recurrent, shared_input
 
 _FINDERS = (linear.find, convolution.find, embedding.find, recurrent.find)
 
 
 def find_sites(model: Model, shapes: Shapes) -> list[Site]:
-    """Return every site of the model, in the order of its nodes.
+    """Return every site of the model, in the order of its nodes; compound ones beside the single ones.
 
     Raises:
         ModelError: A weight holds NaN or Inf.
     """
     order = {node.name: place for place, node in enumerate(n for scope in model.scopes for n in scope.graph.node)}
     found = [site for finder in _FINDERS for site in finder(model, shapes)]
+    found.sort(key=lambda site: order[site.uses[0].node])
+    found += shared_input.find(found) + feedforward.find(model, found)
     return sorted(found, key=lambda site: order[site.uses[0].node])

@@ -1,0 +1,242 @@
+"""Damage: what one layer's factorization does to the model's output, measured at a few ranks.
+
+The model is rewritten once so that every layer in question is a dense product with constants of its own;
+a probe feeds it the dense equivalent of a candidate instead, from the layer on, without a new session for
+every rank. Between the probes the curve follows the layer's own error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lowrank_onnx.base import Candidate, Replacement, Site
+from lowrank_onnx.batches import batches
+from lowrank_onnx.chains import linear_chain
+from lowrank_onnx.data import Dataset
+from lowrank_onnx.linalg import Array
+from lowrank_onnx.model import Model
+from lowrank_onnx.proposals import Proposal
+from lowrank_onnx.rewrite import rewrite
+from lowrank_onnx.runtime import Runtime
+from lowrank_onnx.statistics import Progress, as_rows, padding_mask
+from lowrank_onnx.stream import Stream
+from lowrank_onnx.validation import safe_batch
+
+SAMPLES = 64
+PROBES = 4
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Damage by rank of one technique at one site, measured at some of them.
+
+    Attributes:
+        ranks: The ranks probed, rising.
+        errors: The layer's own relative error there, falling.
+        damages: Relative squared change of the model's output, falling.
+    """
+
+    ranks: tuple[tuple[int, ...], ...]
+    errors: tuple[float, ...]
+    damages: tuple[float, ...]
+
+    def at(self, error: float) -> float:
+        """Damage of a candidate with that error of its own: a power law between probes, square outside."""
+        points = sorted({max(e, 1e-12): d for e, d in zip(self.errors, self.damages, strict=True)}.items())
+        x = np.log([point[0] for point in points])
+        y = np.log([max(point[1], 1e-18) for point in points])
+        at = float(np.log(max(error, 1e-12)))
+        if at <= x[0]:
+            return float(np.exp(y[0] + 2 * (at - x[0])))
+        if at >= x[-1]:
+            return float(np.exp(y[-1] + 2 * (at - x[-1])))
+        return float(np.exp(np.interp(at, x, y)))
+
+
+def probe(
+    model: Model,
+    session: Any,
+    proposals: Sequence[Proposal],
+    dataset: Dataset,
+    runtime: Runtime,
+    mask: str | None,
+    seed: int,
+    known: Mapping[int, Curve],
+    progress: Progress | None,
+) -> dict[int, Curve]:
+    """Measure the damage curves of proposals.
+
+    Args:
+        session: The original model, open.
+        dataset: Calibration data; a subset of at most ``SAMPLES`` is used, drawn with ``seed``.
+        known: Curves that are known already, by position in ``proposals``.
+
+    Returns:
+        Curves by position in ``proposals``; a site inside a subgraph has none.
+    """
+    todo = [
+        place
+        for place, entry in enumerate(proposals)
+        if place not in known and all(not use.scope for use in entry.site.uses)
+    ]
+    curves = dict(known)
+    if not todo:
+        return curves
+    picked = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:SAMPLES])
+    subset = dataset.subset(picked.tolist())
+    size = min(safe_batch(session, subset), 16)
+    parts = {part.name: part for place in todo for part in _parts(proposals[place].site)}
+    proto, constants = _with_dense(model, list(parts.values()))
+    stream = Stream(proto, subset, list(batches(len(subset), size)), runtime, model.folder)
+    masks = [padding_mask(entry, mask) for entry in stream.values]
+    reference = [_outputs(entry, keep) for entry, keep in zip(stream.fork().finish(), masks, strict=True)]
+    done = 0
+    for group in _levels(stream, [(place, _parts(proposals[place].site)) for place in todo]):
+        stream.advance([part.uses[0].input for _, members in group for part in members])
+        for place, members in group:
+            varied = [name for part in members for name in constants[part.name]]
+            call = stream.suffix(varied)
+            curves[place] = _curve(proposals[place], call, constants, reference, masks)
+            done += 1
+            if progress is not None:
+                progress("probe", done, len(todo))
+    return curves
+
+
+def damage_of(proposals: Sequence[Proposal], curves: Mapping[int, Curve]) -> Callable[[Candidate], float]:
+    """Return the damage of every candidate: by its curve, or by its own error where there is none.
+
+    Rises as the rank falls, by construction: a lower rank never counts as less harmful.
+    """
+    table: dict[int, float] = {}
+    for place, entry in enumerate(proposals):
+        worst = 0.0
+        for candidate in reversed(entry.candidates):
+            own = candidate.error**2
+            worst = max(worst, curves[place].at(candidate.error) if place in curves else own)
+            table[id(candidate)] = worst
+    return lambda candidate: table[id(candidate)]
+
+
+def _parts(site: Site) -> tuple[Site, ...]:
+    """The single linear sites whose dense weights a probe of this site changes."""
+    if site.kind == "feedforward":
+        return (site.attributes["out"],)
+    return tuple(site.attributes["parts"]) if site.kind == "shared_input" else (site,)
+
+
+def _with_dense(model: Model, parts: Sequence[Site]) -> tuple[Any, dict[str, dict[str, tuple[str, Array]]]]:
+    """Give every part constants of its own.
+
+    Returns:
+        The model, and by part the constants by name: role (``weight`` or the node of a bias) and value.
+    """
+    replacements: list[Replacement] = []
+    constants: dict[str, dict[str, tuple[str, Array]]] = {}
+    for part in parts:
+        name = f"{part.name}/dense"
+        made = {name: ("weight", part.weight)}
+        for use in part.uses:
+            width = part.weight.shape[-1]
+            bias = None if use.dynamic_bias else np.zeros(width) if use.bias is None else use.bias
+            entry = linear_chain(part, use, [(name, part.weight)], bias)
+            replacements.append(entry)
+            if bias is not None:
+                made[f"{use.node}/bias"] = (use.node, bias)
+        constants[part.name] = made
+    return rewrite(model, replacements), constants
+
+
+def _levels(stream: Stream, items: Sequence[tuple[int, tuple[Site, ...]]]) -> list[list[tuple[int, tuple[Site, ...]]]]:
+    """Group items so that no input within a group depends on an output of the same or a later group."""
+    outputs = {part.name: part.uses[0].output for _, members in items for part in members}
+    above = {
+        place: {name for name, output in outputs.items() if output in upstream}
+        for place, members in items
+        for upstream in [stream.upstream([use.input for part in members for use in part.uses])]
+    }
+    levels: dict[int, list[tuple[int, tuple[Site, ...]]]] = {}
+    depth_of: dict[str, int] = {}
+    for place, members in sorted(items, key=lambda item: len(above[item[0]])):
+        depth = 1 + max((depth_of.get(name, 0) for name in above[place]), default=0)
+        for part in members:
+            depth_of[part.name] = max(depth, depth_of.get(part.name, 0))
+        levels.setdefault(depth, []).append((place, members))
+    return [levels[depth] for depth in sorted(levels)]
+
+
+def _curve(
+    proposal: Proposal,
+    call: Callable[[Mapping[str, Array]], Any],
+    constants: Mapping[str, Mapping[str, tuple[str, Array]]],
+    reference: Sequence[Mapping[str, Array]],
+    masks: Sequence[Array | None],
+) -> Curve:
+    ranks, errors, damages = [], [], []
+    for candidate in _spread(proposal.candidates):
+        factors = proposal.technique.factorize(proposal.site, proposal.analysis, candidate)
+        dense = proposal.technique.dense_equivalent(proposal.site, candidate, factors)
+        feeds = {
+            name: _stored(proposal.site, part, role, value, dense)
+            for part in _parts(proposal.site)
+            for name, (role, value) in constants[part.name].items()
+        }
+        changed = [_outputs(entry, keep) for entry, keep in zip(call(feeds), masks, strict=True)]
+        ranks.append(candidate.ranks)
+        errors.append(candidate.error)
+        damages.append(divergence(reference, changed))
+    falling = np.maximum.accumulate(np.array(damages)[::-1])[::-1]  # more rank never hurts
+    return Curve(tuple(ranks), tuple(errors), tuple(float(value) for value in falling))
+
+
+def _stored(site: Site, part: Site, role: str, value: Array, dense: Mapping[str, Any]) -> Array:
+    """A constant as the rewritten graph stores it: transposed where the weight stands on the left."""
+    entry = dense.get(part.name)
+    left = part.attributes["side"] == "left"
+    if role == "weight":
+        weight = value if entry is None else entry.weight
+        made = np.swapaxes(weight, -1, -2) if left else weight
+    else:
+        use = next(use for use in part.uses if use.node == role)
+        bias = value if entry is None or role not in entry.biases else entry.biases[role]
+        extra = part.attributes[role]
+        vector = (len(bias), 1) if left else (len(bias),)
+        shape = extra["bias_shape"] if use.also and int(np.prod(extra["bias_shape"])) == len(bias) else vector
+        made = bias.reshape(shape)
+    return np.ascontiguousarray(made, dtype=part.weight.dtype)
+
+
+def _spread(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """A few candidates, evenly over the ranks, the smallest and largest among them."""
+    if len(candidates) <= PROBES:
+        return list(candidates)
+    shares = np.linspace(0, 1, PROBES + 1)[1:]  # the very smallest rank teaches little
+    return [candidates[place] for place in sorted({round(share * (len(candidates) - 1)) for share in shares})]
+
+
+def _outputs(values: Mapping[str, Array], keep: Array | None) -> dict[str, Array]:
+    """Floating-point outputs, without padding rows."""
+    chosen = {}
+    for name, value in values.items():
+        if value.dtype.kind == "f":
+            rows = as_rows(value, "last", keep) if keep is not None and value.ndim > 1 else value
+            chosen[name] = rows.astype(np.float64)
+    return chosen
+
+
+def divergence(reference: Sequence[Mapping[str, Array]], changed: Sequence[Mapping[str, Array]]) -> float:
+    """Squared change over squared size, of the worst floating-point output."""
+    worst = 0.0
+    for name in reference[0]:
+        size = sum(float(np.vdot(entry[name], entry[name])) for entry in reference)
+        change = sum(
+            float(np.sum((entry[name] - other[name]) ** 2))
+            for entry, other in zip(reference, changed, strict=True)
+            if name in other  # an output that lies before the layer does not change
+        )
+        worst = max(worst, change / size if size > 0 else 0.0)
+    return worst

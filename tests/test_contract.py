@@ -1,0 +1,410 @@
+"""What every pass promises, for every kind of site it takes.
+
+A new kind of site is one more entry of ``KINDS``: models that hold it, sites that no pass can use, and how
+a dense weight is put into the original graph by other means than the ones under test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import pytest
+from onnx import ModelProto, NodeProto
+
+from lowrank_onnx.base import KINDS as ALL_KINDS
+from lowrank_onnx.base import Candidate, Factors, Pass, RankWish, Replacement, Site
+from lowrank_onnx.model import parameter_count, serialize
+from lowrank_onnx.passes import PASSES
+from lowrank_onnx.problem import Problem
+from lowrank_onnx.rewrite import rewrite
+from tests.builders import Array, answers, build, correlated, difference, falling, furthest, moments, problem
+
+TOLERANCE = {np.float16: 1e-2, np.float32: 1e-4, np.float64: 1e-9}
+FULL_RANK_TOLERANCE = {np.float16: 1e-2, np.float32: 1e-5, np.float64: 1e-10}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with one site worth looking at, and data for it."""
+
+    proto: ModelProto
+    data: Mapping[str, Array]
+    dtype: type = np.float32
+
+    def feeds(self) -> dict[str, Array]:
+        """All samples at once, or the first where they cannot be joined."""
+        ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in self.proto.graph.input}
+        return {name: array[0] if array.ndim > ranks[name] else array for name, array in self.data.items()}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How to test one kind of site.
+
+    Attributes:
+        cases: Models by name.
+        put_dense: The original model with this weight, and these biases, in the place of the stored ones.
+        response: (rows, N) what the site's weight alone gives on the data of a case, without bias.
+        unsuitable: Models whose site no pass can use.
+    """
+
+    cases: Mapping[str, Case]
+    put_dense: Callable[[Problem, Site, Mapping[str, Array]], ModelProto]
+    response: Callable[[Problem, Site, Case], Array]
+    unsuitable: Mapping[str, ModelProto] = field(default_factory=dict)
+
+
+# --- linear ------------------------------------------------------------------------------------------
+
+BIAS = np.linspace(-1, 1, 20, dtype=np.float32)
+FLAT = "g (float[n,16] x) => (float[n,20] y)"
+
+
+def _typed(dtype: type) -> Case:
+    name = {np.float16: "float16", np.float32: "float", np.float64: "double"}[dtype]
+    text = f"g ({name}[n,16] x) => ({name}[n,20] y) {{ y = Gemm<transB=1>(x, w, b) }}"
+    constants = {"w": falling(20, 16, dtype), "b": BIAS.astype(dtype)}
+    return Case(build(text, constants), {"x": correlated((80, 16), dtype)}, dtype)
+
+
+def linear_cases() -> dict[str, Case]:
+    """Every spelling of a linear layer."""
+    x = {"x": correlated((80, 16))}
+    w, wt, b = falling(16, 20), falling(20, 16), BIAS
+    tokens = {"x": correlated((12, 7, 16))}
+    columns = {"x": correlated((9, 16, 11), axis=1)}
+    return {
+        "matmul": Case(build(FLAT + "{ y = MatMul(x, w) }", {"w": w}), x),
+        "matmul tall": Case(
+            build("g (float[n,20] x) => (float[n,16] y) { y = MatMul(x, w) }", {"w": wt}),
+            {"x": correlated((80, 20))},
+        ),
+        "matmul add": Case(build(FLAT + "{ t = MatMul(x, w) y = Add(b, t) }", {"w": w, "b": b}), x),
+        "matmul add scalar": Case(
+            build(FLAT + "{ t = MatMul(x, w) y = Add(t, b) }", {"w": w, "b": np.float32(0.5)}), x
+        ),
+        "matmul tokens": Case(
+            build("g (float[n,s,16] x) => (float[n,s,20] y) { t = MatMul(x, w) y = Add(t, b) }", {"w": w, "b": b}),
+            tokens,
+        ),
+        "matmul left": Case(
+            build("g (float[n,16,s] x) => (float[n,20,s] y) { t = MatMul(w, x) y = Add(t, b) }",
+                  {"w": wt, "b": b[:, None]}),
+            columns,
+        ),
+        "matmul left bare": Case(
+            build("g (float[n,16,s] x) => (float[n,20,s] y) { y = MatMul(w, x) }", {"w": wt}), columns
+        ),
+        "matmul batched": Case(
+            build("g (float[n,3,s,16] x) => (float[n,3,s,20] y) { y = MatMul(x, w) }",
+                  {"w": np.stack([falling(16, 20, seed=seed) for seed in range(3)])}),
+            {"x": correlated((6, 3, 5, 16))},
+        ),
+        "gemm": Case(build(FLAT + "{ y = Gemm(x, w, b) }", {"w": w, "b": b}), x),
+        "gemm without bias": Case(build(FLAT + "{ y = Gemm(x, w) }", {"w": w}), x),
+        "gemm scaled": Case(
+            build(FLAT + "{ y = Gemm<alpha=0.5, beta=2.0, transB=1>(x, w, b) }", {"w": wt, "b": b[None, :]}), x
+        ),
+        "gemm matrix bias": Case(
+            build("g (float[80,16] x) => (float[80,20] y) { y = Gemm<beta=3.0>(x, w, b) }",
+                  {"w": w, "b": correlated((80, 20))}),
+            {"x": correlated((2, 80, 16))},
+        ),
+        "gemm left": Case(
+            build("g (float[16,m] x) => (float[20,m] y) { y = Gemm<transA=1>(w, x, b) }", {"w": w, "b": b[:, None]}),
+            {"x": correlated((8, 16, 10), axis=1)},
+        ),
+        "gemm data transposed": Case(
+            build("g (float[16,m] x) => (float[m,20] y) { y = Gemm<transA=1, alpha=2.0>(x, w, b) }",
+                  {"w": w, "b": b}),
+            {"x": correlated((8, 16, 10), axis=1)},
+        ),
+        "gemm left, both transposed": Case(
+            build("g (float[m,16] x) => (float[20,m] y) { y = Gemm<transA=1, transB=1>(w, x) }", {"w": w}), x
+        ),
+        "shared": Case(
+            build("""g (float[n,16] x, float[n,16] z) => (float[n,20] y) {
+                s = MatMul(x, w)  t = Add(s, b)  u = MatMul(z, w)  y = Sub(t, u) }""", {"w": w, "b": b}),
+            {"x": correlated((80, 16)), "z": correlated((80, 16), seed=2)},
+        ),
+        "half": _typed(np.float16),
+        "double": _typed(np.float64),
+    }  # fmt: skip
+
+
+def put_dense_linear(posed: Problem, site: Site, dense: Mapping[str, Array]) -> ModelProto:
+    """Write the weight into the nodes by hand: as an operand of MatMul, or of Gemm without transpose and alpha."""
+    proto = ModelProto()
+    proto.CopyFrom(posed.model.proto)
+    nodes = {node.name: node for node in proto.graph.node}
+    left = site.attributes["side"] == "left"
+    dtype = site.weight.dtype
+
+    def store(name: str, value: Array) -> str:
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(value, dtype), name))
+        return name
+
+    weight = dense["weight"]
+    operand = store("dense/weight", np.swapaxes(weight, -1, -2) if left else weight)
+    for use in site.uses:
+        node, bias = nodes[use.node], dense.get(f"bias:{use.node}")
+        node.input[0 if left else 1] = operand
+        shaped = None if bias is None else store(f"dense/{use.node}", bias[:, None] if left else bias)
+        if node.op_type == "Gemm":
+            kept = [entry for entry in node.attribute if entry.name == ("transB" if left else "transA")]
+            beta = [entry for entry in node.attribute if entry.name == "beta" and shaped is None]
+            _replace(node.attribute, [*kept, *beta])
+            if shaped is not None:
+                _replace(node.input, [*node.input[:2], shaped])
+        elif shaped is not None and use.also:
+            _replace(nodes[use.also[0]].input, [use.raw_output, shaped])
+        elif shaped is not None:
+            node.output[0] = f"dense/{use.node}/raw"
+            add = onnx.helper.make_node("Add", [node.output[0], shaped], [use.raw_output], name=f"dense/{use.node}/add")
+            place = next(place for place, entry in enumerate(proto.graph.node) if entry.name == use.node)
+            proto.graph.node.insert(place + 1, add)
+    return proto
+
+
+def _replace(field: object, values: list[object]) -> None:
+    del field[:]  # type: ignore[attr-defined]
+    field.extend(values)  # type: ignore[attr-defined]
+
+
+def linear_response(posed: Problem, site: Site, case: Case) -> Array:
+    """x @ W over all samples and uses."""
+    names = [use.input for use in site.uses]
+    rows = []
+    assert posed.calibrate is not None
+    for place in range(len(posed.calibrate)):
+        seen = posed.calibrate.feeds(place)
+        tensors = seen | answers(posed.model.proto, seen, [name for name in names if name not in seen])
+        for name in names:
+            x = tensors[name].astype(np.float64)
+            columns = (site.attributes["side"] == "left") != site.attributes["data_transposed"]
+            x = np.swapaxes(x, -1, -2) if columns else x
+            rows.append((x @ site.weight.astype(np.float64)).reshape(-1, site.weight.shape[-1]))
+    return np.concatenate(rows)
+
+
+KINDS = {
+    "linear": Kind(
+        cases=linear_cases(),
+        put_dense=put_dense_linear,
+        response=linear_response,
+        unsuitable={
+            "one column": build("g (float[n,16] x) => (float[n,1] y) { y = MatMul(x, w) }", {"w": falling(16, 1)}),
+            "zeros": build(FLAT + "{ y = MatMul(x, w) }", {"w": np.zeros((16, 20), np.float32)}),
+        },
+    ),
+}
+
+# --- the promises ------------------------------------------------------------------------------------
+
+TAKEN = [
+    pytest.param(technique, kind, id=f"{technique.name}-{kind}")
+    for technique in PASSES
+    for kind in technique.kinds
+    if kind in KINDS
+]
+CASES = [
+    pytest.param(technique, kind, case, id=f"{technique.name}-{kind}-{name}")
+    for technique in PASSES
+    for kind in technique.kinds
+    if kind in KINDS
+    for name, case in KINDS[kind].cases.items()
+]
+each_case = pytest.mark.parametrize(("technique", "kind", "case"), CASES)
+with_and_without_data = pytest.mark.parametrize("data", [True, False], ids=["data", "weight"])
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One technique at one site at one rank."""
+
+    posed: Problem
+    site: Site
+    candidate: Candidate
+    factors: Factors
+    replacements: tuple[Replacement, ...]
+    dense: Mapping[str, Array]
+    proto: ModelProto
+
+
+def trials(technique: Pass, kind: str, case: Case, data: bool, full: bool = False) -> Iterator[Trial]:
+    """The smallest, the middle and the largest rank a technique offers; or full rank."""
+    posed = problem(case.proto, case.data if data else None)
+    (site,) = [site for site in posed.sites if site.kind == kind]
+    reason = technique.refuse(site)
+    if reason is not None:
+        assert reason.strip()
+        pytest.skip(reason)
+    analysis = technique.analyse(site, moments(posed).get(site.name))
+    if full:
+        spelled = technique.spell_rank(site, analysis, RankWish(fraction=1.0))
+        if isinstance(spelled, str):
+            pytest.skip(spelled)
+        wanted = [spelled]
+    else:
+        ranks = list(technique.ranks(site, analysis))
+        assert ranks, "the case offers nothing to test"
+        wanted = [ranks[place] for place in sorted({0, len(ranks) // 2, len(ranks) - 1})]
+    for rank in wanted:
+        candidate = technique.candidate(site, analysis, rank)
+        factors = technique.factorize(site, analysis, candidate)
+        made = tuple(technique.emit(site, candidate, factors))
+        dense = technique.dense_equivalent(site, candidate, factors)
+        yield Trial(posed, site, candidate, factors, made, dense, rewrite(posed.model, made))
+
+
+def test_every_pass_has_a_kind_that_is_tested() -> None:
+    for technique in PASSES:
+        assert set(technique.kinds) <= set(ALL_KINDS)
+        assert set(technique.kinds) & set(KINDS), f"no kind of {technique.name} is in the table of this file"
+
+
+def test_names_of_passes_are_unique() -> None:
+    assert len({technique.name for technique in PASSES}) == len(PASSES)
+
+
+@each_case
+@with_and_without_data
+def test_answers_as_the_same_graph_with_the_dense_weight(
+    technique: type[Pass], kind: str, case: Case, data: bool
+) -> None:
+    for trial in trials(technique(), kind, case, data):
+        expected = answers(KINDS[kind].put_dense(trial.posed, trial.site, trial.dense), case.feeds())
+        measured = answers(trial.proto, case.feeds())
+        assert furthest(measured, expected) <= TOLERANCE[case.dtype], trial.candidate
+
+
+@each_case
+@with_and_without_data
+def test_full_rank_gives_the_original_back(technique: type[Pass], kind: str, case: Case, data: bool) -> None:
+    for trial in trials(technique(), kind, case, data, full=True):
+        measured = answers(trial.proto, case.feeds())
+        assert furthest(measured, answers(case.proto, case.feeds())) <= FULL_RANK_TOLERANCE[case.dtype]
+
+
+@each_case
+@with_and_without_data
+def test_parameters_counted_are_the_sizes_stored(technique: type[Pass], kind: str, case: Case, data: bool) -> None:
+    for trial in trials(technique(), kind, case, data):
+        stored = parameter_count(trial.proto)
+        assert stored == parameter_count(case.proto) - trial.site.freed + _added(trial)
+
+
+def _added(trial: Trial) -> int:
+    """What the candidate says it stores, and a bias that takes the place of a shorter one."""
+    grown = 0
+    for use in trial.site.uses:
+        bias = trial.factors.get(f"bias:{use.node}")
+        if bias is not None and use.bias is not None:
+            grown += bias.size - max(int(np.prod(trial.site.attributes[use.node]["bias_shape"])), 1)
+    return trial.candidate.parameters + grown
+
+
+@each_case
+def test_weight_error_proposed_is_the_one_measured(technique: type[Pass], kind: str, case: Case) -> None:
+    for trial in trials(technique(), kind, case, data=False):
+        proposed = trial.candidate.weight_error
+        assert proposed is not None and trial.candidate.output_error is None
+        measured = difference(trial.dense["weight"], trial.site.weight)
+        assert proposed == pytest.approx(measured, rel=1e-3, abs=TOLERANCE[case.dtype])
+
+
+@each_case
+def test_output_error_proposed_is_the_one_measured(technique: type[Pass], kind: str, case: Case) -> None:
+    for trial in trials(technique(), kind, case, data=True):
+        proposed = trial.candidate.output_error
+        if proposed is None:
+            assert trial.site.weight.ndim > 2, "only batched constants go without data"
+            continue
+        assert trial.posed.calibrate is not None
+        outputs = [use.output for use in trial.site.uses]
+        lost = 0.0
+        for place in range(len(trial.posed.calibrate)):
+            seen = trial.posed.calibrate.feeds(place)
+            before = answers(case.proto, seen, outputs)
+            after = answers(trial.proto, seen, outputs)
+            lost += sum(float(np.sum((before[n].astype(np.float64) - after[n]) ** 2)) for n in outputs)
+        measured = np.sqrt(lost) / np.linalg.norm(KINDS[kind].response(trial.posed, trial.site, case))
+        assert proposed == pytest.approx(measured, rel=1e-3, abs=TOLERANCE[case.dtype])
+
+
+@each_case
+def test_data_make_the_output_no_worse_than_the_weight_alone(technique: type[Pass], kind: str, case: Case) -> None:
+    original = answers(case.proto, case.feeds())
+    pairs = zip(
+        trials(technique(), kind, case, data=True), trials(technique(), kind, case, data=False), strict=True
+    )  # fmt: skip
+    for aware, blind in pairs:
+        errors = [sum(difference(answers(t.proto, case.feeds())[n], original[n]) for n in original)
+                  for t in (aware, blind)]  # fmt: skip
+        # The feeds are one sample where samples cannot be joined, and the ridge costs a little.
+        assert errors[0] <= 1.15 * errors[1] + TOLERANCE[case.dtype]
+
+
+@each_case
+@with_and_without_data
+def test_graph_stays_valid_and_the_rest_unchanged(technique: type[Pass], kind: str, case: Case, data: bool) -> None:
+    before = case.proto.SerializeToString(deterministic=True)
+    for trial in trials(technique(), kind, case, data):
+        onnx.checker.check_model(trial.proto, full_check=True)
+        assert case.proto.SerializeToString(deterministic=True) == before, "the input model was changed"
+        names = [node.name for node in trial.proto.graph.node]
+        assert all(names) and len(set(names)) == len(names)
+        made = [name for node in trial.proto.graph.node for name in node.output]
+        made += [tensor.name for tensor in trial.proto.graph.initializer]
+        assert len(set(made)) == len(made)
+        assert list(trial.proto.graph.output) == list(case.proto.graph.output)
+        assert [v for v in trial.proto.graph.input if v.name in case.data] == list(case.proto.graph.input)
+        _assert_no_dead_tensor(trial.proto)
+        for name, factor in trial.factors.items():
+            assert factor.dtype == case.dtype, name
+
+
+def _assert_no_dead_tensor(proto: ModelProto) -> None:
+    read = {name for node in proto.graph.node for name in node.input} | {out.name for out in proto.graph.output}
+    assert {tensor.name for tensor in proto.graph.initializer} <= read
+    dead: list[NodeProto] = [node for node in proto.graph.node if not read & set(node.output)]
+    assert not dead
+
+
+@each_case
+def test_running_twice_gives_the_same_bytes(technique: type[Pass], kind: str, case: Case) -> None:
+    first, second = ([serialize(t.proto) for t in trials(technique(), kind, case, data=True)] for _ in range(2))
+    assert first == second
+
+
+@each_case
+def test_errors_fall_and_costs_rise_with_the_rank(technique: type[Pass], kind: str, case: Case) -> None:
+    posed = problem(case.proto, case.data)
+    (site,) = [site for site in posed.sites if site.kind == kind]
+    analysis = technique().analyse(site, moments(posed).get(site.name))
+    offered = [technique().candidate(site, analysis, ranks) for ranks in technique().ranks(site, analysis)]
+    for smaller, larger in zip(offered, offered[1:], strict=False):
+        assert smaller.parameters < larger.parameters
+        assert larger.error <= smaller.error + 1e-9
+        assert smaller.macs is not None and larger.macs is not None and smaller.macs < larger.macs
+    assert offered[-1].macs is not None and site.macs is not None and offered[-1].macs < site.macs
+
+
+@pytest.mark.parametrize(("technique", "kind"), TAKEN)
+def test_unsuitable_sites_are_refused_with_a_reason(technique: type[Pass], kind: str) -> None:
+    for name, proto in KINDS[kind].unsuitable.items():
+        (site,) = [site for site in problem(proto).sites if site.kind == kind]
+        reason = technique().refuse(site)
+        assert reason and "\n" not in reason, name
+
+
+@pytest.mark.parametrize(("technique", "kind"), TAKEN)
+def test_ranks_out_of_range_are_refused_with_a_reason(technique: type[Pass], kind: str) -> None:
+    case = next(iter(KINDS[kind].cases.values()))
+    (site,) = [site for site in problem(case.proto).sites if site.kind == kind]
+    assert technique().check_ranks(site, (10_000,))
+    assert technique().check_ranks(site, (0,))
+    assert technique().check_ranks(site, (2,) * 9)
