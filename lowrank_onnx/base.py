@@ -258,6 +258,10 @@ class Pass(ABC):
             ridge: In units of the mean diagonal of ``moments.gram``.
         """
 
+    def delivered(self, factors: Factors, rows: Array) -> Array:
+        """What the last factors would read of original input rows (n, K) of the targets; all of it, mostly."""
+        return rows
+
     @abstractmethod
     def effective(self, site: Site, candidate: Candidate, factors: Factors) -> tuple[Array, Array | None]:
         """The map (K, N) the factors make of that tensor, and the whole bias (N,); None if unchanged."""

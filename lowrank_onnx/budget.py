@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lowrank_onnx.allocation import Option, allocate
-from lowrank_onnx.base import Candidate, Site
+from lowrank_onnx.base import Candidate, Factors, Site
 from lowrank_onnx.building import Built, Choice, build, factorize
 from lowrank_onnx.cost import Cost, model_cost
 from lowrank_onnx.errors import DataError, TargetError
@@ -34,7 +34,12 @@ class Selection:
 
 def carry_out(problem: Problem, choices: Sequence[Choice]) -> Selection:
     """Factorize, rewrite and weigh."""
-    built = build(problem.model, choices, factorize(choices))
+    return with_factors(problem, choices, factorize(choices))
+
+
+def with_factors(problem: Problem, choices: Sequence[Choice], factors: Mapping[str, Factors]) -> Selection:
+    """Rewrite with factors that exist already, and weigh."""
+    built = build(problem.model, choices, factors)
     return Selection(tuple(choices), built, weigh(problem, built))
 
 

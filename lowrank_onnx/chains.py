@@ -64,21 +64,20 @@ def _finish(
     """The last product and the bias behind it."""
     extra = site.attributes[use.node]
     name = f"{use.node}/factor_last"
-    if site.op == "Gemm":
+    if extra["op"] == "Gemm":
         if bias is not None:
             constant = gs.Constant(f"{use.node}/bias", store(bias[:, None] if left else bias, site))
             return (use.node,), [gs.Node("Gemm", name, {}, [*last, constant], [gs.Variable(use.output)])]
-        if use.dynamic_bias:
+        if extra["addend"]:
             attributes = {"beta": extra["beta"]}
-            inputs = [*last, gs.Variable(use.dynamic_bias)]
+            inputs = [*last, gs.Variable(extra["addend"])]
             return (use.node,), [gs.Node("Gemm", name, attributes, inputs, [gs.Variable(use.output)])]
         return (use.node,), [gs.Node("MatMul", name, {}, last, [gs.Variable(use.output)])]
     if bias is None:
         return (use.node,), [gs.Node("MatMul", name, {}, last, [gs.Variable(use.raw_output)])]
-    shape = extra["bias_shape"] if extra["add"] else ((len(bias), 1) if left else (len(bias),))
-    # A scalar bias that was stored once differs by output now.
-    if int(np.prod(shape)) != len(bias):
-        shape = (len(bias), 1) if left else (len(bias),)
+    shape = extra["bias_shape"]
+    if not extra["add"] or int(np.prod(shape)) != len(bias):  # none was stored, or one number for all outputs
+        shape = (len(bias), 1) if left else (*(1,) * (len(shape) - 1), len(bias))
     constant = gs.Constant(f"{use.node}/bias", store(bias.reshape(shape), site))
     inner = gs.Variable(f"{use.node}/product")
     return (use.node, *use.also), [

@@ -68,6 +68,7 @@ _runtime = _options(
 )
 _seed = click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same bytes out.")
 _jobs = click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Local workers.")
+_refine = click.option("--no-refine", "refine", is_flag=True, flag_value=False, default=True, help="Do not refit the factors.")
 _json = click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="JSON report.")
 _overwrite = click.option("--overwrite", is_flag=True, help="Allow OUT and reports to exist.")
 _report = click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html", help="HTML report.")
@@ -117,6 +118,7 @@ def inspect(model: Path, json_file: Path | None, html: Path | None, overwrite: b
 @_runtime
 @_seed
 @_jobs
+@_refine
 @_report
 @_json
 @_overwrite
@@ -144,6 +146,7 @@ def compress(
 @_runtime
 @_seed
 @_jobs
+@_refine
 @_report
 @_json
 @_overwrite

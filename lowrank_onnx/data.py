@@ -307,9 +307,7 @@ def _read_npz(path: Path, where: str) -> dict[str, Array]:
     except OSError as error:
         raise DataError(f"{where}: cannot be read: {describe(error)}") from error
     if magic == b"\x93NUMPY":
-        raise DataError(
-            f"{where}: holds one array without a name; save it with np.savez(path, input_name=array)"
-        )
+        raise DataError(f"{where}: holds one array without a name; save it with np.savez(path, input_name=array)")
     if path.suffix == ".py":
         raise DataError(f"{where}: names a Python file but no function; expected {path}:function")
     if not magic.startswith(b"PK"):
@@ -326,9 +324,7 @@ def _read_npz(path: Path, where: str) -> dict[str, Array]:
                 f"{where}: array '{name}' holds Python objects, which only pickle reads; save plain numbers"
             ) from error
         part = f" at array '{name}'" if name else ""
-        raise DataError(
-            f"{where}: the file is damaged or cut off{part} ({describe(error)}); write it again"
-        ) from error
+        raise DataError(f"{where}: the file is damaged or cut off{part} ({describe(error)}); write it again") from error
     for name, value in arrays.items():
         if not isinstance(value, np.ndarray):
             raise DataError(f"{where}: entry '{name}' is no array; expected a file that np.savez wrote")
@@ -365,9 +361,7 @@ def _read_tensor(file: Path, where: str) -> tuple[str, Array]:
         tensor.ParseFromString(file.read_bytes())
         return tensor.name, onnx.numpy_helper.to_array(tensor, base_dir=str(file.parent))
     except Exception as error:  # protobuf and onnx have classes of their own for a damaged tensor
-        raise DataError(
-            f"{where}: {file.parent.name}/{file.name} is no ONNX tensor ({describe(error)})"
-        ) from error
+        raise DataError(f"{where}: {file.parent.name}/{file.name} is no ONNX tensor ({describe(error)})") from error
 
 
 def _numbered(folder: Path, pattern: str) -> list[Path]:
@@ -378,9 +372,7 @@ def _number(path: Path) -> int:
     return int(re.findall(r"\d+", path.name)[-1])
 
 
-def _from_arrays(
-    arrays: Mapping[str, Array], inputs: Sequence[InputSpec], where: str, source: str
-) -> Dataset:
+def _from_arrays(arrays: Mapping[str, Array], inputs: Sequence[InputSpec], where: str, source: str) -> Dataset:
     _check_names(arrays, inputs, where)
     arrays = {**arrays, **_checked_dtypes(arrays, inputs, where)}
     for spec in inputs:
@@ -394,9 +386,7 @@ def _from_arrays(
         raise DataError(f"{where}: the arrays hold 0 samples; at least one is needed")
     rows = _starts([1] * count)
     columns = {
-        spec.name: Column(
-            _frozen(arrays[spec.name]), rows if arrays[spec.name].ndim == len(spec.shape) else None
-        )
+        spec.name: Column(_frozen(arrays[spec.name]), rows if arrays[spec.name].ndim == len(spec.shape) else None)
         for spec in inputs
     }
     _check_shapes({name: column.sample(0).shape for name, column in columns.items()}, inputs, where)

@@ -58,11 +58,7 @@ class Metric:
             MetricError: Arrays are missing or do not fit, the function fails or returns no finite number.
         """
         value = self.function(dict(outputs), data)
-        if (
-            isinstance(value, list | tuple | dict)
-            or np.ndim(value)
-            or np.asarray(value).dtype.kind not in "fiu"
-        ):
+        if isinstance(value, list | tuple | dict) or np.ndim(value) or np.asarray(value).dtype.kind not in "fiu":
             raise MetricError(f"metric {self.name} returned a {type(value).__name__}; expected one number")
         number = float(value)
         if not np.isfinite(number):
@@ -176,9 +172,7 @@ def _scores_and_labels(outputs: Outputs, data: Mapping[str, Array], metric: str)
     if not counted.all():
         scores, flat = scores[counted], flat[counted]
     if len(flat) == 0:
-        raise MetricError(
-            f"metric {metric} has nothing to count: every label is negative, which means ignored"
-        )
+        raise MetricError(f"metric {metric} has nothing to count: every label is negative, which means ignored")
     if flat.max() >= scores.shape[1]:
         raise MetricError(
             f"metric {metric}: label {flat.max()} is no class of output '{name}', which has {scores.shape[1]}"
@@ -256,13 +250,9 @@ def spearman(outputs: Outputs, data: Mapping[str, Array]) -> float:
     """
     found = [name for name in ("score", "target") if name in data]
     if not found:
-        raise MetricError(
-            f"metric spearman needs an array 'score' in the evaluation data; found {_told(data)}"
-        )
+        raise MetricError(f"metric spearman needs an array 'score' in the evaluation data; found {_told(data)}")
     wanted = data[found[0]].reshape(-1)
-    fitting = [
-        name for name, value in outputs.items() if value.dtype.kind == "f" and value.size == len(wanted)
-    ]
+    fitting = [name for name, value in outputs.items() if value.dtype.kind == "f" and value.size == len(wanted)]
     if not fitting or len(wanted) < 2:
         raise MetricError(
             f"metric spearman needs a float output of one number for each of {len(wanted)} scores (two at least), "
@@ -335,9 +325,7 @@ def _against(outputs: Outputs, data: Mapping[str, Array], metric: str) -> Fideli
 
 def _required(value: float | None, metric: str) -> float:
     if value is None:
-        raise MetricError(
-            f"metric {metric}: no output with a reference looks like class scores; use cosine or sqnr"
-        )
+        raise MetricError(f"metric {metric}: no output with a reference looks like class scores; use cosine or sqnr")
     return value
 
 
@@ -516,9 +504,7 @@ def _finite(name: str, before: Array, after: Array) -> tuple[Array, Array]:
     """Return both as float64 (samples, values); infinities that both have (masked logits) become 0."""
     x, y = (side.reshape(len(side), -1).astype(np.float64) for side in (before, after))
     if np.isnan(x).any():
-        raise MetricError(
-            f"output '{name}' of the original model holds NaN on these data; nothing compares to it"
-        )
+        raise MetricError(f"output '{name}' of the original model holds NaN on these data; nothing compares to it")
     if np.isnan(y).any():
         raise MetricError(f"output '{name}' of the rewritten model holds NaN")
     odd = ~np.isfinite(x) | ~np.isfinite(y)

@@ -16,7 +16,7 @@ from typing import Any
 from onnx import ModelProto
 
 from lowrank_onnx.base import Moments, Pass, Plan, Site, configure
-from lowrank_onnx.budget import Selection, carry_out, meet_budget, reasons_for_kept
+from lowrank_onnx.budget import Selection, carry_out, meet_budget, reasons_for_kept, with_factors
 from lowrank_onnx.building import Choice
 from lowrank_onnx.data import load_data
 from lowrank_onnx.errors import LowRankError, PlanError, TargetError
@@ -27,6 +27,7 @@ from lowrank_onnx.plans import check_model, chosen_rows, plan_to_dict, read_plan
 from lowrank_onnx.probes import Curve, damage_of, probe
 from lowrank_onnx.problem import Data, Problem, Source, open_model, pose
 from lowrank_onnx.proposals import Proposal, filter_sites, propose
+from lowrank_onnx.refine import refine as refine_factors
 from lowrank_onnx.reporting import benchmark_report, compress_report, inspect_report, measure, validate_report
 from lowrank_onnx.runtime import Runtime, input_specs, open_session
 from lowrank_onnx.statistics import Progress, observe
@@ -93,6 +94,7 @@ class Settings:
         include, exclude: Patterns of node names.
         mask: Input that marks real rows.
         jobs: Workers for decompositions.
+        refine: Refit the factors on what the compressed model delivers.
     """
 
     technique: tuple[str, ...] = ()
@@ -100,6 +102,7 @@ class Settings:
     exclude: tuple[str, ...] = ()
     mask: str | None = None
     jobs: int = 1
+    refine: bool = True
 
     def passes(self) -> list[Pass]:
         """The techniques in use, configured."""
@@ -227,6 +230,7 @@ def compress(
     shape: Sequence[str] = (),
     seed: int = 0,
     jobs: int = 1,
+    refine: bool = True,
     progress: Progress | None = None,
 ) -> Result:
     """Make a model smaller or faster by low-rank factorization; nothing is written.
@@ -247,6 +251,7 @@ def compress(
         shape: ``NAME=1,128``, for shapes and timing.
         seed: Same seed, same bytes.
         jobs: Workers for decompositions.
+        refine: Refit the factors on what the compressed model delivers; needs calibration data.
         progress: Called with (step, done, total).
 
     Raises:
@@ -263,7 +268,7 @@ def compress(
         "max_drop": max_drop,
     }
     wish = read_target({**wishes, **{name: value for name, value in (target or {}).items()}})
-    settings = Settings(tuple(technique), tuple(include), tuple(exclude), mask, jobs)
+    settings = Settings(tuple(technique), tuple(include), tuple(exclude), mask, jobs, refine)
     settings.passes()  # a typing error must not wait for the data
     with clock.step("load"):
         problem = pose(model, Runtime(provider, threads), calibrate, evaluate, metric, shape, seed)
@@ -275,12 +280,17 @@ def compress(
 def _finish(
     problem: Problem, target: Target, settings: Settings, planned: Planned, clock: Clock, progress: Progress | None
 ) -> Result:
-    """Validate and report."""
-    selection = planned.selection
+    """Refine, validate and report."""
+    selection, notes = planned.selection, {}
+    if settings.refine and problem.calibrate is not None:
+        with clock.step("refine"):
+            refined = refine_factors(problem, selection.choices, selection.built.factors, settings.mask, progress)
+            selection, notes = with_factors(problem, refined.choices, refined.factors), refined.notes
+    planned = dataclasses.replace(planned, selection=selection)
     with clock.step("validate"):
         measured = measure(problem, selection, progress)
     content = plan_to_dict(_as_plan(problem, target, settings, planned), problem.sites)
-    report = compress_report(problem, target, planned, measured, clock.total())
+    report = compress_report(problem, target, planned, measured, clock.total(), notes)
     return Result(selection.built.proto, content, report, problem.model.folder)
 
 
@@ -293,6 +303,7 @@ def _as_plan(problem: Problem, target: Target, settings: Settings, planned: Plan
         "techniques": sorted({choice.proposal.technique for choice in planned.selection.choices}, key=repr),
         "provider": problem.runtime.provider,
         "seed": problem.seed,
+        "refine": settings.refine,
     }
     setting["techniques"] = [_spelled(entry) for entry in setting["techniques"]]
     choices = tuple(choice.candidate for choice in planned.selection.choices)
@@ -341,7 +352,7 @@ def apply(
         calibrate = source["source"]
         if not Path(calibrate).exists() and ":" not in calibrate:
             raise PlanError(f"the plan needs its calibration data '{calibrate}', which are missing; give --calibrate")
-    settings = Settings(tuple(setting.get("techniques", ())), mask=setting.get("mask"), jobs=jobs)
+    settings = Settings(tuple(setting.get("techniques", ())), mask=setting.get("mask"), jobs=jobs, refine=bool(setting.get("refine", True)))
     with clock.step("load"):
         runtime = Runtime(setting.get("provider", "cpu"), threads)
         problem = pose(opened, runtime, calibrate, evaluate, metric, shape, int(setting.get("seed", 0)))

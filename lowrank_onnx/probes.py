@@ -23,7 +23,7 @@ from lowrank_onnx.proposals import Proposal
 from lowrank_onnx.rewrite import rewrite
 from lowrank_onnx.runtime import Runtime
 from lowrank_onnx.statistics import Progress, as_rows, padding_mask
-from lowrank_onnx.stream import Stream
+from lowrank_onnx.stream import Stream, levels
 from lowrank_onnx.validation import safe_batch
 
 SAMPLES = 64
@@ -93,9 +93,9 @@ def probe(
     proto, constants = _with_dense(model, list(parts.values()))
     stream = Stream(proto, subset, list(batches(len(subset), size)), runtime, model.folder)
     masks = [padding_mask(entry, mask) for entry in stream.values]
-    reference = [_outputs(entry, keep) for entry, keep in zip(stream.fork().finish(), masks, strict=True)]
+    reference = [visible_outputs(entry, keep) for entry, keep in zip(stream.fork().finish(), masks, strict=True)]
     done = 0
-    for group in _levels(stream, [(place, _parts(proposals[place].site)) for place in todo]):
+    for group in levels(stream, [(place, _parts(proposals[place].site)) for place in todo]):
         stream.advance([part.uses[0].input for _, members in group for part in members])
         for place, members in group:
             varied = [name for part in members for name in constants[part.name]]
@@ -151,24 +151,6 @@ def _with_dense(model: Model, parts: Sequence[Site]) -> tuple[Any, dict[str, dic
     return rewrite(model, replacements), constants
 
 
-def _levels(stream: Stream, items: Sequence[tuple[int, tuple[Site, ...]]]) -> list[list[tuple[int, tuple[Site, ...]]]]:
-    """Group items so that no input within a group depends on an output of the same or a later group."""
-    outputs = {part.name: part.uses[0].output for _, members in items for part in members}
-    above = {
-        place: {name for name, output in outputs.items() if output in upstream}
-        for place, members in items
-        for upstream in [stream.upstream([use.input for part in members for use in part.uses])]
-    }
-    levels: dict[int, list[tuple[int, tuple[Site, ...]]]] = {}
-    depth_of: dict[str, int] = {}
-    for place, members in sorted(items, key=lambda item: len(above[item[0]])):
-        depth = 1 + max((depth_of.get(name, 0) for name in above[place]), default=0)
-        for part in members:
-            depth_of[part.name] = max(depth, depth_of.get(part.name, 0))
-        levels.setdefault(depth, []).append((place, members))
-    return [levels[depth] for depth in sorted(levels)]
-
-
 def _curve(
     proposal: Proposal,
     call: Callable[[Mapping[str, Array]], Any],
@@ -185,7 +167,7 @@ def _curve(
             for part in _parts(proposal.site)
             for name, (role, value) in constants[part.name].items()
         }
-        changed = [_outputs(entry, keep) for entry, keep in zip(call(feeds), masks, strict=True)]
+        changed = [visible_outputs(entry, keep) for entry, keep in zip(call(feeds), masks, strict=True)]
         ranks.append(candidate.ranks)
         errors.append(candidate.error)
         damages.append(divergence(reference, changed))
@@ -218,8 +200,8 @@ def _spread(candidates: Sequence[Candidate]) -> list[Candidate]:
     return [candidates[place] for place in sorted({round(share * (len(candidates) - 1)) for share in shares})]
 
 
-def _outputs(values: Mapping[str, Array], keep: Array | None) -> dict[str, Array]:
-    """Floating-point outputs, without padding rows."""
+def visible_outputs(values: Mapping[str, Array], keep: Array | None) -> dict[str, Array]:
+    """The floating-point outputs, without padding rows, in float64."""
     chosen = {}
     for name, value in values.items():
         if value.dtype.kind == "f":

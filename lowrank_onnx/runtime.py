@@ -161,6 +161,8 @@ def run(session: Any, feeds: Mapping[str, np.ndarray], names: Sequence[str] | No
         ModelError: onnxruntime could not run the model on these inputs.
     """
     wanted = [output.name for output in session.get_outputs()] if names is None else list(names)
+    if not wanted:
+        return {}  # onnxruntime takes an empty list for all outputs
     try:
         values = session.run(wanted, dict(feeds))
     except Exception as error:  # see open_session

@@ -13,6 +13,7 @@ from typing import Any
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto
 
+from lowrank_onnx.base import Site
 from lowrank_onnx.data import Dataset
 from lowrank_onnx.errors import ModelError
 from lowrank_onnx.linalg import Array
@@ -140,6 +141,26 @@ class Stream:
         model.ir_version = max(self._proto.ir_version, 4)
         model.functions.extend(self._proto.functions)
         return open_session(model, self._runtime, self._folder, what="a piece of the model"), inputs
+
+
+def levels(
+    stream: Stream, items: Sequence[tuple[int, tuple[Site, ...]]]
+) -> list[list[tuple[int, tuple[Site, ...]]]]:
+    """Group numbered sites so that no input in a group depends on an output of the same or a later group."""
+    outputs = {part.name: part.uses[0].output for _, members in items for part in members}
+    above = {
+        place: {name for name, output in outputs.items() if output in upstream}
+        for place, members in items
+        for upstream in [stream.upstream([use.input for part in members for use in part.uses])]
+    }
+    grouped: dict[int, list[tuple[int, tuple[Site, ...]]]] = {}
+    depths: dict[str, int] = {}
+    for place, members in sorted(items, key=lambda item: len(above[item[0]])):
+        depth = 1 + max((depths.get(name, 0) for name in above[place]), default=0)
+        for part in members:
+            depths[part.name] = max(depth, depths.get(part.name, 0))
+        grouped.setdefault(depth, []).append((place, members))
+    return [grouped[depth] for depth in sorted(grouped)]
 
 
 def reads(node: NodeProto) -> list[str]:

@@ -130,6 +130,10 @@ class Feedforward(Pass):
         bias = _bias(site) + moments.target_mean - moments.mean @ out
         return {**factors, "out": store(out, site), "bias": store(bias, site)}
 
+    def delivered(self, factors: Factors, rows: Array) -> Array:
+        """See Pass.delivered."""
+        return np.asarray(rows[:, factors["chosen"]])
+
     def effective(self, site: Site, candidate: Candidate, factors: Factors) -> tuple[Array, Array | None]:
         """See Pass.effective."""
         return factors["out"].astype(np.float64), factors["bias"]

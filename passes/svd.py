@@ -75,17 +75,19 @@ class SVD(Pass):
         if moments is None:
             return Spectrum(tuple(plain(matrix) for matrix in matrices), False, {})
         assert len(matrices) == 1, "batched constants have no moments"
-        raw = self._basis(matrices[0], pooled(site, moments, centred=False), None)
+        whole = pooled(site, moments, centred=False)
+        energy = whole.target_energy or float(np.einsum("kn,kn->", matrices[0], whole.gram @ matrices[0]))
         if not all(_bias_possible(use) for use in site.uses):
-            return Spectrum((raw,), False, {})
-        assert raw.output is not None
-        centred = self._basis(matrices[0], pooled(site, moments, centred=True), raw.output.total)
-        if not all(_bias_is_free(site, use) for use in site.uses) and not self._pays(site, centred, raw):
-            return Spectrum((raw,), False, {})
+            return Spectrum((self._basis(matrices[0], whole, energy),), False, {})
+        centred = self._basis(matrices[0], pooled(site, moments, centred=True), energy)
+        if not all(_bias_is_free(site, use) for use in site.uses):
+            raw = self._basis(matrices[0], whole, energy)
+            if not self._pays(site, centred, raw):
+                return Spectrum((raw,), False, {})
         means = {use.node: _means(site, moments[use.input]) for use in site.uses}
         return Spectrum((centred,), True, means)
 
-    def _basis(self, matrix: Array, moments: Moments, energy: float | None) -> LowRankBasis:
+    def _basis(self, matrix: Array, moments: Moments, energy: float) -> LowRankBasis:
         if moments.target_cross is None:
             return data_aware(matrix, moments.gram, self.ridge, energy)
         return regressed(
@@ -188,7 +190,7 @@ def break_even(site: Site) -> int:
 
 def grid_step(width: int) -> int:
     """Step of the rank grid for the narrower side: the vector width of the kernels, finer for small layers."""
-    return 8 if width >= 64 else 4 if width >= 32 else 2 if width >= 16 else 1
+    return 16 if width >= 256 else 8 if width >= 64 else 4 if width >= 32 else 2 if width >= 16 else 1
 
 
 def pooled(site: Site, moments: Mapping[str, Moments], centred: bool) -> Moments:

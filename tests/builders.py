@@ -45,7 +45,7 @@ def build(
     version = ir if ir is not None else _IR.get(opset, 8)
     proto = onnx.parser.parse_model(f'<ir_version: {version}, opset_import: ["": {opset}{imports}]> {text}')
     for name, value in (constants or {}).items():
-        tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(value), name)
+        tensor = onnx.numpy_helper.from_array(np.array(value, order="C"), name)
         proto.graph.initializer.append(tensor)
         if version < 4:
             proto.graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))

@@ -269,6 +269,12 @@ def test_feeds_of_several_rows_are_joined_for_the_metric_as_outputs_are() -> Non
     np.testing.assert_array_equal(data.subset([1]).extra["labels"], [3, 4])
 
 
+def test_only_what_every_feed_has_is_kept_for_the_metric() -> None:
+    feed = {"x": floats(1, 3), "labels": np.array([1])}
+    data = load_data([{**feed, "hint": floats(1)}, feed, {**feed, "other": floats(1)}], [X])
+    assert set(data.extra) == {"labels"} and len(data.extra["labels"]) == 3
+
+
 @pytest.mark.parametrize(
     ("feeds", "parts"),
     [

@@ -39,7 +39,7 @@ def nmf(matrix: Array, rank: int, iterations: int = 500, tolerance: float = 1e-6
 
     Args:
         matrix: (m, n), no entry negative.
-        rank: 1 ≤ rank ≤ min(m, n).
+        rank: 1 ≤ rank ≤ min(m, n), which is exact.
         iterations: Most rounds; the error never rises.
         tolerance: Stop when a round lowers the squared error by less than this share of itself.
 
@@ -54,6 +54,10 @@ def nmf(matrix: Array, rank: int, iterations: int = 500, tolerance: float = 1e-6
             f"nmf needs a non-negative matrix, got {int((matrix < 0).sum())} negative entries of {matrix.size}; "
             "semi_nmf takes signed ones"
         )
+    if rank == len(matrix):
+        return Factors(np.eye(rank), matrix.copy(), 0.0)
+    if rank == matrix.shape[1]:
+        return Factors(matrix.copy(), np.eye(rank), 0.0)
     left, right = nndsvd(matrix, rank)
     before = float(np.linalg.norm(matrix - left @ right) ** 2)
     for _ in range(iterations):
@@ -88,13 +92,16 @@ def semi_nmf(matrix: Array, rank: int, iterations: int = 500, tolerance: float =
 
     Args:
         matrix: (m, n), any signs.
-        rank: 1 ≤ rank ≤ min(m, n).
+        rank: 1 ≤ rank ≤ min(m, n). Rank n is exact; rank m is not, as columns of all signs need more
+            than m rays to reach them.
         iterations, tolerance: As in ``nmf``.
 
     Source: Ding, Li & Jordan 2010, doi:10.1109/TPAMI.2008.277. Of two starts the better is taken: the absolute
     right singular vectors, and their positive and negative parts in turn.
     """
     matrix = _checked(matrix, rank)
+    if rank == matrix.shape[1]:
+        return Factors(matrix.copy(), np.eye(rank), 0.0)
     _, _, vt = finite_svd(matrix)
     split = np.stack([np.maximum(vt, 0), np.maximum(-vt, 0)], axis=1).reshape(-1, matrix.shape[1])
     kept = split[np.linalg.norm(split, axis=1) > 1e-6][:rank]  # one-signed vectors have no other part
@@ -115,29 +122,32 @@ def semi_nmf_output(
 
     Args:
         weight: (O, F).
-        rank: 1 ≤ rank ≤ min(O, F).
+        rank: 1 ≤ rank ≤ min(O, F); rank O is exact.
         patch_gram: (F, F) centred second moment of x.
-        ridge: In units of the mean variance of x; must leave the ridged gram well conditioned.
+        ridge: In units of the mean variance of x.
         iterations, tolerance: As in ``nmf``.
 
     Returns:
         left (O, r) ≥ 0 and right (r, F) of free sign, with the relative output error, without ridge.
 
     On the input side the signs would be lost when the metric is undone, so the signed factor is the one
-    that carries it: semi-NMF of (W S)ᵀ, then least squares for the right factor.
+    that carries it: semi-NMF of (W S)ᵀ, then least squares for the right factor. The better of this and the
+    factors found without the metric is returned.
     """
     weight = _checked(weight, rank)
     gram = np.asarray(patch_gram, np.float64)
     if gram.shape != (weight.shape[1],) * 2:
         raise ValueError(f"a weight {weight.shape} needs a gram {(weight.shape[1],) * 2}, got {gram.shape}")
-    whitened = semi_nmf((weight @ psd_root(ridged(gram, ridge))).T, rank, iterations, tolerance)
-    left = whitened.right.T  # (O, r)
-    # The metric cancels in the least squares for the right factor: the free-sign side needs no inverse of S.
-    right = gentle_solve(left.T @ left, left.T @ weight)
     energy = float(np.vdot(weight @ gram, weight))
-    lost = weight - left @ right
-    error = float(np.sqrt(max(float(np.vdot(lost @ gram, lost)), 0.0) / energy)) if energy > 0 else 0.0
-    return Factors(left, right, error)
+    found = []
+    for root in (psd_root(ridged(gram, ridge)), np.eye(len(gram))):
+        left = semi_nmf((weight @ root).T, rank, iterations, tolerance).right.T  # (O, r)
+        # The metric cancels in the least squares for the right factor: no inverse of S.
+        right = gentle_solve(left.T @ left, left.T @ weight)
+        lost = weight - left @ right
+        squared = max(float(np.vdot(lost @ gram, lost)), 0.0)
+        found.append(Factors(left, right, float(np.sqrt(squared / energy)) if energy > 0 else 0.0))
+    return min(found, key=lambda factors: factors.error)
 
 
 def _checked(matrix: Array, rank: int) -> Array:

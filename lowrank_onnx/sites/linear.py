@@ -10,7 +10,9 @@ Attributes of a site:
     stored: The stored weight as the node reads it is ``weight`` transposed.
     alpha: Factor that was folded into ``weight``.
 Attributes by use, keyed by the node's name:
+    op: Operator of the node; a weight may be shared by MatMul and Gemm.
     beta: Factor of Gemm's C.
+    addend: Name of Gemm's C; empty without one.
     bias_shape: Shape of the stored bias.
     add: True where the bias sits in an Add behind the node.
 """
@@ -121,12 +123,14 @@ def _use(model: Model, shapes: Shapes, found: _Found) -> tuple[Use, dict[str, An
     node, scope = found.node, found.scope
     output = node.output[0]
     bias: Array | None = None
-    dynamic, also, more = "", (), {"beta": 1.0, "bias_shape": (), "add": False}
+    dynamic, also = "", ()
+    more: dict[str, Any] = {"op": node.op_type, "beta": 1.0, "addend": "", "bias_shape": (), "add": False}
     width = found.weight.shape[-1]
     axis = -1 if found.attributes["side"] == "right" else -2
     if node.op_type == "Gemm":
         more["beta"] = float(attribute(node, "beta", 1.0))
         if len(node.input) > 2 and node.input[2]:
+            more["addend"] = node.input[2]
             stored = model.constant(scope, node.input[2])
             vector = None if stored is None else _vector(stored.value, width, axis)
             if vector is None:

@@ -230,6 +230,16 @@ def test_half_precision_in_double_out(make_patches: MakePatches) -> None:
     assert separable_als(weight, 3, (x.T @ x).astype(np.float32)).second.dtype == np.float64
 
 
+def test_start_survives_a_pooled_covariance_that_misleads() -> None:
+    rng = np.random.default_rng(12)
+    weight, patches = rng.standard_normal((3, 2, 2, 2)), rng.standard_normal((50, 2, 2, 2))
+    patches[..., 1] = 0.2 * patches[..., 1] - patches[..., 0]  # neighbours cancel; one covariance hides it
+    x = patches.reshape(50, 8)
+    y = x @ weight.reshape(3, -1).T
+    factors = separable_als(weight, 2, x.T @ x / 50, sweeps=0, ridge=0)
+    assert factors.error <= simulated(separable(weight, 2), x, y)
+
+
 def test_what_does_not_fit_is_told() -> None:
     weight = np.ones((4, 3, 2, 2))
     with pytest.raises(ValueError, match=r"rank of a separable .* must be in 1..6, got 7"):

@@ -100,10 +100,11 @@ def test_matrix_trains(seed: int, data: st.DataObject) -> None:
     assert relative(tt_matrix_to_dense(cores), weight) < 1e-10
     assert relative(tt_matrix_to_dense(tt_round(cores, epsilon=0.5)), weight) <= 0.5 + 1e-12
     # A row vector through the train, digit by digit, as a runtime would.
-    x = np.random.default_rng(seed + 1).standard_normal(weight.shape[0])
+    x: Array = np.asarray(np.random.default_rng(seed + 1).standard_normal((weight.shape[0],)))
     state: Array = x.reshape(1, *rows, 1)  # (n so far, m_k ... m_d, r)
     for core in cores:
-        moved = np.moveaxis(np.tensordot(state, core, axes=((1, state.ndim - 1), (1, 0))), -2, 1)
+        product: Array = np.asarray(np.tensordot(state, core, axes=((1, state.ndim - 1), (1, 0))))
+        moved = np.moveaxis(product, -2, 1)
         state = moved.reshape(-1, *moved.shape[2:])  # (n · n_k, m_{k+1} ..., r)
     assert relative(state.ravel(), x @ weight) < 1e-10
 

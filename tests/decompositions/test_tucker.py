@@ -136,6 +136,16 @@ def test_metric_pays(make_patches: MakePatches) -> None:
     assert aware.error < 0.9 * error(tucker2(weight, (5, 3)))
 
 
+def test_metric_never_costs_even_where_its_own_start_ends_badly() -> None:
+    rng = np.random.default_rng(33)
+    weight, samples = rng.standard_normal((4, 4, 3)), rng.standard_normal((30, 4)) * [1, 1, 1.3, 1.3]
+    cov = samples.T @ samples / 30
+    root = scipy.linalg.cholesky(cov, lower=True)
+    expected = np.einsum("oik,ij->ojk", weight, root)
+    plain = np.einsum("oik,ij->ojk", tucker2(weight, (1, 1)).weight(), root)
+    assert tucker2(weight, (1, 1), input_metric=cov).error <= relative(plain, expected)
+
+
 def test_refit_output_is_ridge_regression_and_its_best_truncation(make_patches: MakePatches) -> None:
     rng = np.random.default_rng(0)
     z, mapping = make_patches(9, 400, 0), rng.standard_normal((9, 6))

@@ -1,0 +1,299 @@
+"""Closed-form corrections once the plan is in place, layer after layer in the order of the graph.
+
+Every factorized layer is fitted anew so that, on the inputs the compressed layers before it deliver, it
+gives what the original gave on the original inputs; where a residual sum follows, also what the skip path
+has lost by then. Ridge and mixing are chosen on held-out calibration samples, and so is whether the refit
+is kept at all: with few samples it can be worse than none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from lowrank_onnx.base import Factors, Moments, Site
+from lowrank_onnx.batches import batches
+from lowrank_onnx.building import Choice, build
+from lowrank_onnx.data import Dataset
+from lowrank_onnx.linalg import Array
+from lowrank_onnx.model import Model, Scope
+from lowrank_onnx.probes import divergence, visible_outputs
+from lowrank_onnx.problem import Problem
+from lowrank_onnx.statistics import Progress, as_rows, padding_mask, row_layout
+from lowrank_onnx.stream import Stream, levels
+from lowrank_onnx.validation import safe_batch
+
+HELD_OUT = 0.2
+MIXES = (0.5, 1.0)
+RIDGES = (0.001, 0.01, 0.1)
+_LIVE_BYTES = 512 * 2**20  # of the widest layer's inputs, in both streams
+_FEWEST = 5  # samples; below that nothing can be held out
+
+
+@dataclass(frozen=True, eq=False)
+class Refined:
+    """New factors by site, the choices with their new errors, and what became of each layer."""
+
+    choices: tuple[Choice, ...]
+    factors: Mapping[str, Factors]
+    notes: Mapping[str, str]
+
+
+@dataclass
+class _Sums:
+    """Moments of a delivered input with a wanted output, in the making."""
+
+    rows: int = 0
+    mean: Array | float = 0.0
+    gram: Array | float = 0.0
+    cross: Array | float = 0.0
+    wanted: Array | float = 0.0
+    energy: float = 0.0
+
+    def add(self, x: Array, t: Array) -> None:
+        self.rows += len(x)
+        self.mean = self.mean + x.sum(axis=0, dtype=np.float64)
+        self.gram = self.gram + (x.T @ x).astype(np.float64)
+        self.cross = self.cross + (x.T @ t).astype(np.float64)
+        self.wanted = self.wanted + t.sum(axis=0, dtype=np.float64)
+        self.energy += float(np.sum(np.square(t, dtype=np.float64)))
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(
+            self.rows + other.rows,
+            self.mean + other.mean,
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.wanted + other.wanted,
+            self.energy + other.energy,
+        )
+
+    def moments(self) -> Moments:
+        n = max(self.rows, 1)
+        mean, gram, cross, wanted = (np.asarray(v) / n for v in (self.mean, self.gram, self.cross, self.wanted))
+        return Moments(self.rows, mean, gram, cross, wanted, self.energy / n)
+
+
+def refine(
+    problem: Problem,
+    choices: Sequence[Choice],
+    factors: Mapping[str, Factors],
+    mask: str | None,
+    progress: Progress | None,
+) -> Refined:
+    """Refit the factors of a plan on the inputs its own model delivers.
+
+    Returns:
+        The given factors where there are too few samples, or where the held-out samples say that refitting
+        made the model's output worse.
+    """
+    unchanged = Refined(tuple(choices), factors, {})
+    data = problem.calibrate
+    places = [place for place, choice in enumerate(choices) if _is_refittable(choice)]
+    if data is None or len(data) < _FEWEST or not places:
+        return unchanged
+    train, held = _split(problem, [choices[place] for place in places], data)
+    size = min(safe_batch(problem.session, data), 16)
+    groups = [list(batch) for part in (train, held) for batch in _chunks(part, size)]
+    seen = len(list(_chunks(train, size)))
+    built = build(problem.model, choices, factors)
+    dense = Stream(problem.model.proto, data, groups, problem.runtime, problem.model.folder)
+    small = Stream(built.proto, data, groups, problem.runtime, problem.model.folder)
+    masks = [padding_mask(entry, mask) for entry in dense.values]
+    start = small.fork()
+    skips = {place: _residual(problem.model, choices[place]) for place in places}
+    made = dict(factors)
+    notes: dict[str, str] = {}
+    fresh = list(choices)
+    done = 0
+    for group in levels(dense, [(place, _targets(choices[place])) for place in places]):
+        names = [members[0].uses[0].input for _, members in group]
+        dense.advance([*names, *filter(None, (skips[place] for place, _ in group))])
+        small.advance([*names, *filter(None, (skips[place] for place, _ in group))])
+        for place, members in group:
+            train_sums, held_sums, plain_sums = _Sums(), _Sums(), _Sums()
+            name = choices[place].proposal.site.name
+            technique = choices[place].proposal.technique
+            for number, keep in enumerate(masks):
+                x, source, t = _rows(members, dense.values[number], small.values[number], keep)
+                if number < seen:
+                    plain_sums.add(technique.delivered(made[name], source), t)
+                t = t + _lost(skips[place], t, dense.values[number], small.values[number], keep)
+                (train_sums if number < seen else held_sums).add(x, t)
+            answer = _refit(choices[place], made[name], train_sums, held_sums, plain_sums)
+            made[name], fresh[place], notes[name] = answer
+            small.set_initializers(_constants(choices[place], made[name]))
+            done += 1
+            if progress is not None:
+                progress("refine", done, len(places))
+    if not _helped(dense, small, start, masks, seen):
+        return Refined(tuple(choices), factors, dict.fromkeys(notes, "refitting did not help on held-out samples"))
+    return Refined(tuple(fresh), made, notes)
+
+
+def _is_refittable(choice: Choice) -> bool:
+    site = choice.proposal.site
+    return bool(_targets(choice)) and all(not use.scope for use in site.uses)
+
+
+def _targets(choice: Choice) -> tuple[Site, ...]:
+    return choice.proposal.technique.targets(choice.proposal.site)
+
+
+def _split(problem: Problem, choices: Sequence[Choice], data: Dataset) -> tuple[list[int], list[int]]:
+    """Draw the samples used, as many as memory allows, and hold some of them out."""
+    widest = max(
+        4 * int(np.prod(part.uses[0].input_shape or (1,))) for choice in choices for part in _targets(choice)
+    )
+    count = int(np.clip(_LIVE_BYTES // (2 * widest), _FEWEST, len(data)))
+    picked = np.random.default_rng(problem.seed).permutation(len(data))[:count]
+    held = max(int(HELD_OUT * count), 1)
+    return sorted(picked[held:].tolist()), sorted(picked[:held].tolist())
+
+
+def _chunks(indices: Sequence[int], size: int) -> list[list[int]]:
+    return [[indices[place] for place in chunk] for chunk in batches(len(indices), size)]
+
+
+def _residual(model: Model, choice: Choice) -> str:
+    """The tensor that is added right behind the layer; empty where there is none."""
+    members = _targets(choice)
+    if len(members) > 1 or members[0].attributes["side"] == "left":
+        return ""
+    use = members[0].uses[0]
+    main: Scope = model.scopes[0]
+    readers = main.readers.get(use.output, [])
+    if len(readers) != 1 or readers[0].node.op_type != "Add":
+        return ""
+    other = readers[0].node.input[1 - readers[0].slot]
+    producer = main.producers.get(other)
+    if other == use.output or model.constant(main, other) is not None or producer is None:
+        return ""
+    return str(other)
+
+
+def _rows(
+    members: Sequence[Site], dense: Mapping[str, Array], small: Mapping[str, Array], keep: Array | None
+) -> tuple[Array, Array, Array]:
+    """Delivered rows (n, K̂), original rows (n, K) and the original outputs (n, N) without bias, of one batch."""
+    use, layout = members[0].uses[0], row_layout(members[0])
+    x = as_rows(small[use.input], layout, keep).astype(np.float32, copy=False)
+    source = as_rows(dense[use.input], layout, keep).astype(np.float32, copy=False)
+    return x, source, np.concatenate([source @ part.weight.astype(np.float32, copy=False) for part in members], axis=1)
+
+
+def _lost(
+    skip: str, t: Array, dense: Mapping[str, Array], small: Mapping[str, Array], keep: Array | None
+) -> Array | float:
+    """What the skip path lacks by now, (n, N): the layer is asked to give it back."""
+    if not skip or skip not in small or small[skip].shape != dense[skip].shape or small[skip].ndim < 2:
+        return 0.0
+    lost = as_rows(dense[skip].astype(np.float32) - small[skip].astype(np.float32), "last", keep)
+    return lost if lost.shape == t.shape else 0.0
+
+
+def _refit(
+    choice: Choice, factors: Factors, train: _Sums, held: _Sums, plain: _Sums
+) -> tuple[Factors, Choice, str]:
+    """Choose among no refit and refits with several settings, by the held-out error.
+
+    The present factors have seen the held-out samples; for a fair comparison they are fitted again to the
+    original inputs of the others (``plain``).
+    """
+    site, technique = choice.proposal.site, choice.proposal.technique
+    moments, unseen, everything = train.moments(), held.moments(), (train + held).moments()
+    if train.rows == 0 or held.rows == 0:
+        return factors, choice, "no rows to hold out"
+
+    def error(made: Factors, on: Moments) -> float:
+        return _output_error(choice, made, on)
+
+    own_ridge = getattr(technique, "ridge", RIDGES[1])
+    rival = technique.refit(site, choice.candidate, factors, plain.moments(), own_ridge)
+    best, setting = error(rival, unseen), None
+    for mix in MIXES:
+        for ridge in RIDGES:
+            made = technique.refit(site, choice.candidate, factors, _mixed(choice, factors, moments, mix), ridge)
+            measured = error(made, unseen)
+            if measured < best:
+                best, setting = measured, (mix, ridge)
+    note = "kept as it was: refitting did not help on held-out samples"
+    if setting is not None:
+        mix, ridge = setting
+        factors = technique.refit(site, choice.candidate, factors, _mixed(choice, factors, everything, mix), ridge)
+        note = f"refitted, mix {mix:g}, ridge {ridge:g}"
+    wanted = everything.target_energy
+    told = float(np.sqrt(max(error(factors, everything), 0.0) / wanted)) if wanted > 0 else 0.0
+    candidate = dataclasses.replace(choice.candidate, output_error=told, weight_error=_weight_error(choice, factors))
+    return factors, Choice(choice.proposal, candidate), note
+
+
+def _mixed(choice: Choice, factors: Factors, moments: Moments, mix: float) -> Moments:
+    """Ask partly for the original output, partly for what the original weight gives on the delivered input."""
+    assert moments.target_cross is not None and moments.target_mean is not None
+    if mix == 1.0:
+        return moments
+    joined = np.concatenate([part.weight.astype(np.float64) for part in _targets(choice)], axis=1)
+    if len(joined) != len(moments.gram):
+        joined, _ = choice.proposal.technique.effective(choice.proposal.site, choice.candidate, factors)
+    return dataclasses.replace(
+        moments,
+        target_cross=mix * moments.target_cross + (1 - mix) * moments.gram @ joined,
+        target_mean=mix * moments.target_mean + (1 - mix) * moments.mean @ joined,
+    )
+
+
+def _output_error(choice: Choice, factors: Factors, on: Moments) -> float:
+    """E|t + b - (x̂ M + b̂)|² of the factors' map M and bias b̂."""
+    assert on.target_cross is not None and on.target_mean is not None
+    product, bias = choice.proposal.technique.effective(choice.proposal.site, choice.candidate, factors)
+    error = on.target_energy - 2 * float(np.vdot(product, on.target_cross))
+    error += float(np.vdot(product, on.gram @ product))
+    if bias is not None:
+        shift = bias.astype(np.float64) - _given_bias(_targets(choice))
+        error += float(shift @ shift) - 2 * float(shift @ (on.target_mean - on.mean @ product))
+    return error
+
+
+def _given_bias(members: Sequence[Site]) -> Array:
+    parts = []
+    for part in members:
+        bias = part.uses[0].bias
+        parts.append(np.zeros(part.weight.shape[1]) if bias is None else bias.astype(np.float64))
+    return np.concatenate(parts)
+
+
+def _weight_error(choice: Choice, factors: Factors) -> float | None:
+    joined = np.concatenate([part.weight.astype(np.float64) for part in _targets(choice)], axis=1)
+    product, _ = choice.proposal.technique.effective(choice.proposal.site, choice.candidate, factors)
+    if product.shape != joined.shape:
+        return choice.candidate.weight_error
+    return float(np.linalg.norm(joined - product) / np.linalg.norm(joined))
+
+
+def _constants(choice: Choice, factors: Factors) -> dict[str, Array]:
+    """The initializers a choice puts into the graph."""
+    entry = choice.proposal
+    return {
+        tensor.name: np.asarray(tensor.values)
+        for replacement in entry.technique.emit(entry.site, choice.candidate, factors)
+        for node in replacement.nodes
+        for tensor in node.inputs
+        if isinstance(tensor, gs.Constant)
+    }
+
+
+def _helped(dense: Stream, small: Stream, start: Stream, masks: Sequence[Array | None], seen: int) -> bool:
+    """Whether the refitted model is nearer to the original than the first one, on held-out samples."""
+    for stream in (dense, small, start):
+        del stream.values[:seen]
+    kept = masks[seen:]
+    answers = [
+        [visible_outputs(entry, keep) for entry, keep in zip(stream.finish(), kept, strict=True)]
+        for stream in (dense, small, start)
+    ]
+    return divergence(answers[0], answers[1]) <= divergence(answers[0], answers[2])
