@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lowrank_onnx.allocation import Option, allocate
 from lowrank_onnx.base import Candidate, Factors, Site
@@ -25,11 +25,12 @@ Damage = Callable[[Candidate], float]
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Choices that were carried out, and what the model weighs with them."""
+    """Choices that were carried out, what the model weighs with them, and what refining did to each."""
 
     choices: tuple[Choice, ...]
     built: Built
     cost: Cost
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 def carry_out(problem: Problem, choices: Sequence[Choice]) -> Selection:
@@ -37,10 +38,12 @@ def carry_out(problem: Problem, choices: Sequence[Choice]) -> Selection:
     return with_factors(problem, choices, factorize(choices))
 
 
-def with_factors(problem: Problem, choices: Sequence[Choice], factors: Mapping[str, Factors]) -> Selection:
+def with_factors(
+    problem: Problem, choices: Sequence[Choice], factors: Mapping[str, Factors], notes: Mapping[str, str] | None = None
+) -> Selection:
     """Rewrite with factors that exist already, and weigh."""
     built = build(problem.model, choices, factors)
-    return Selection(tuple(choices), built, weigh(problem, built))
+    return Selection(tuple(choices), built, weigh(problem, built), notes or {})
 
 
 def weigh(problem: Problem, built: Built) -> Cost:

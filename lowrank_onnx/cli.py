@@ -26,6 +26,7 @@ from lowrank_onnx.report import (
     write_json,
 )
 from lowrank_onnx.runtime import PROVIDERS
+from lowrank_onnx.target import OBJECTIVES
 from lowrank_onnx.version import __version__
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -69,6 +70,12 @@ _runtime = _options(
 _seed = click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same bytes out.")
 _jobs = click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Local workers.")
 _refine = click.option("--no-refine", "refine", is_flag=True, flag_value=False, default=True, help="Do not refit the factors.")
+_minimize = click.option(
+    "--minimize", type=click.Choice(OBJECTIVES), default="latency", show_default=True, help="Objective under --max-drop."
+)
+_cache = click.option(
+    "--no-cache", "cache", is_flag=True, flag_value=False, default=True, help="Measure anew what earlier runs measured."
+)
 _json = click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="JSON report.")
 _overwrite = click.option("--overwrite", is_flag=True, help="Allow OUT and reports to exist.")
 _report = click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html", help="HTML report.")
@@ -119,6 +126,8 @@ def inspect(model: Path, json_file: Path | None, html: Path | None, overwrite: b
 @_seed
 @_jobs
 @_refine
+@_minimize
+@_cache
 @_report
 @_json
 @_overwrite
@@ -147,6 +156,8 @@ def compress(
 @_seed
 @_jobs
 @_refine
+@_minimize
+@_cache
 @_report
 @_json
 @_overwrite
@@ -228,6 +239,51 @@ def benchmark(models: tuple[Path, ...], json_file: Path | None, overwrite: bool,
     _console().print(table)
     if json_file is not None:
         write_json(content, json_file)
+
+
+@cli.command()
+@_model
+@click.option("-o", "--out", "folder", required=True, type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--budgets", metavar="F,F,...", help="Shares to keep.  [default: 0.9,0.8,...,0.2]")
+@click.option("--by", type=click.Choice(["macs", "params", "size"]), default="macs", show_default=True)
+@_calibrate
+@_evaluate
+@_metric
+@_technique
+@_filters
+@_mask
+@_runtime
+@_seed
+@_jobs
+@_refine
+@_cache
+@_overwrite
+def sweep(model: Path, folder: Path, budgets: str | None, **options: Any) -> None:
+    """Write MODEL at several budgets to DIR, with a table and a plot of what each is worth."""
+    try:
+        shares = pipeline.SWEEP if budgets is None else tuple(float(text) for text in budgets.split(","))
+    except ValueError as error:
+        raise LowRankError(f"--budgets must be numbers separated by commas, got '{budgets}'") from error
+    with _progress() as progress:
+        content = pipeline.sweep(model, folder, budgets=shares, progress=progress, **options)
+    table = Table(title=_where(content["environment"]), title_justify="left")
+    columns = ("", "MACs", "parameters", "size", "speed-up (95 %)", "drop", "cosine")
+    for heading in columns:
+        table.add_column(heading, justify="right" if heading else "left")
+    for row in (*content["reference"], *content["points"]):
+        speed = "" if row["speedup"] is None else f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
+        cells = [_number(row[key]) for key in ("macs_ratio", "parameters_ratio", "size_ratio")]
+        drop = "" if row["metric_drop"] is None else f"{100 * row['metric_drop']:.2f} %"
+        table.add_row(row["label"], *cells, speed, drop, _number(row["cosine"], 4))
+    console = _console()
+    console.print(table)
+    for text in content["warnings"]:
+        console.print(text, highlight=False, markup=False)
+    click.echo(f"wrote {len(content['points'])} models, frontier.csv, frontier.json and frontier.html to {folder}")
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 @cli.command()

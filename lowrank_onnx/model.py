@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
@@ -204,7 +205,16 @@ def load(path: str | os.PathLike[str]) -> Model:
 
 
 def from_proto(proto: ModelProto) -> Model:
-    """Wrap a model that is in memory; the caller's object is left alone."""
+    """Wrap a model that is in memory; the caller's object is left alone.
+
+    Raises:
+        ModelError: Its values are not all in memory.
+    """
+    if has_external_data(proto):
+        raise ModelError(
+            "the model in memory has external data, and no folder to find them in; give the path of its file, or "
+            "load it with onnx.load(path)"
+        )
     content = proto.SerializeToString(deterministic=True)
     copy = ModelProto()
     copy.CopyFrom(proto)
@@ -321,8 +331,9 @@ def external_location(tensor: TensorProto, folder: Path) -> tuple[Path, int, int
         ModelError: The location leaves the model's folder, or the file is missing or too short.
     """
     entries = {entry.key: entry.value for entry in tensor.external_data}
-    folder = folder.resolve()
-    file = (folder / entries.get("location", "")).resolve()
+    # By name only: stores of models keep links in a folder and the files themselves elsewhere.
+    folder = Path(os.path.abspath(folder))
+    file = Path(os.path.normpath(folder / entries.get("location", "")))
     if folder not in file.parents:
         raise ModelError(
             f"external data of '{tensor.name}' lie at '{entries.get('location', '')}', outside the folder of "
@@ -393,7 +404,8 @@ def check_output(out: str | os.PathLike[str], model: Model | None, overwrite: bo
     """Return OUT as a path that can be written, before any work is done.
 
     Raises:
-        ModelError: OUT is the model, exists without ``overwrite``, or its folder cannot be written.
+        ModelError: OUT or the external data beside it are the model, exist without ``overwrite``, or the folder
+            cannot be written.
     """
     path = Path(out)
     if model is not None and model.path is not None and path.exists() and path.samefile(model.path):
@@ -402,14 +414,32 @@ def check_output(out: str | os.PathLike[str], model: Model | None, overwrite: bo
         raise ModelError(f"{option} '{path}' is a folder; name a file in it")
     if not path.parent.is_dir():
         raise ModelError(f"folder '{path.parent}' of {option} '{path.name}' does not exist; create it first")
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{option} '{path}' is no ordinary file; name a file that can be replaced")
     if path.exists() and not overwrite:
         raise ModelError(f"{option} '{path}' exists; use --overwrite to replace it, or name another file")
+    if model is not None and model.path is not None and has_external_data(model.proto):
+        _check_data_file(data_file(path), _external_files(model.proto, model.path), overwrite)
     try:  # os.access says yes to root on a read-only file system
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:100]}."):
             pass
     except OSError as error:
         raise ModelError(f"folder '{path.parent}' of {option} cannot be written: {error.strerror}") from error
     return path
+
+
+def data_file(out: Path) -> Path:
+    """Where a model that is written to ``out`` keeps its external data."""
+    return out.with_name(out.name + ".data")
+
+
+def _check_data_file(data: Path, sources: list[Path], overwrite: bool) -> None:
+    if not data.exists():
+        return
+    if any(data.samefile(source) for source in sources):
+        raise ModelError(f"'{data}' holds external data of the model itself; name another file for the output")
+    if not overwrite:
+        raise ModelError(f"'{data}' exists; use --overwrite to replace it, or name another file")
 
 
 def serialize(proto: ModelProto) -> bytes:
@@ -427,7 +457,7 @@ def saved_size(proto: ModelProto) -> int:
     return int(proto.ByteSize()) + external
 
 
-def save(proto: ModelProto, out: Path, folder: Path | None) -> None:
+def save(proto: ModelProto, out: Path, folder: Path | None, overwrite: bool = True) -> None:
     """Write a model so that it appears complete or not at all.
 
     Args:
@@ -435,12 +465,15 @@ def save(proto: ModelProto, out: Path, folder: Path | None) -> None:
         out: The file. A model with external data, or one too large for one file, gets ``out`` and
             ``out.data`` beside it.
         folder: Where the external data of ``proto`` lie now.
+        overwrite: Whether ``out.data`` may exist; files that ``proto`` points into are never replaced.
 
     Raises:
         ModelError: Writing failed, for instance on a full disk; nothing is left behind.
     """
     external = has_external_data(proto) or proto.ByteSize() > _SINGLE_FILE_LIMIT
-    data = out.with_name(out.name + ".data")
+    data = data_file(out)
+    if external:
+        _check_data_file(data, [] if folder is None else _external_files(proto, folder / "model"), overwrite)
     with contextlib.ExitStack() as stack:
         try:
             copy = proto

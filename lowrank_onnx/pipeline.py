@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,24 +15,30 @@ from typing import Any
 
 from onnx import ModelProto
 
-from lowrank_onnx.base import Moments, Pass, Plan, Site, configure
-from lowrank_onnx.budget import Selection, carry_out, meet_budget, reasons_for_kept, with_factors
+from lowrank_onnx.base import Candidate, Moments, Pass, Plan, Site, configure
+from lowrank_onnx.budget import Damage, Selection, carry_out, meet_budget, reasons_for_kept, saving, with_factors
 from lowrank_onnx.building import Choice
+from lowrank_onnx.cache import open_cache
 from lowrank_onnx.data import load_data
 from lowrank_onnx.errors import LowRankError, PlanError, TargetError
 from lowrank_onnx.feeds import choose_feeds, read_shapes
+from lowrank_onnx.frontiers import FRONTIER_FILES, frontier_point, reference_points, write_frontier
+from lowrank_onnx.latency import latency_saving, measure_latencies
 from lowrank_onnx.model import check_output, save
 from lowrank_onnx.passes import PASSES
 from lowrank_onnx.plans import check_model, chosen_rows, plan_to_dict, read_plan
-from lowrank_onnx.probes import Curve, damage_of, probe
+from lowrank_onnx.probe_cache import cached_probe
+from lowrank_onnx.probes import Curve, damage_of
 from lowrank_onnx.problem import Data, Problem, Source, open_model, pose
 from lowrank_onnx.proposals import Proposal, filter_sites, propose
 from lowrank_onnx.refine import refine as refine_factors
-from lowrank_onnx.reporting import benchmark_report, compress_report, inspect_report, measure, validate_report
+from lowrank_onnx.reporting import benchmark_report, compress_report, environment, inspect_report, measure, validate_report
 from lowrank_onnx.runtime import Runtime, input_specs, open_session
+from lowrank_onnx.search import reach_speedup, stay_within
 from lowrank_onnx.statistics import Progress, observe
-from lowrank_onnx.target import Target, read_target
+from lowrank_onnx.target import BUDGETS, OBJECTIVES, Target, read_target
 from lowrank_onnx.validation import benchmark as time_models
+from lowrank_onnx.version import __version__
 
 __all__ = ["Result", "apply", "benchmark", "compress", "inspect", "passes", "plan", "sweep", "validate"]
 
@@ -95,6 +101,8 @@ class Settings:
         mask: Input that marks real rows.
         jobs: Workers for decompositions.
         refine: Refit the factors on what the compressed model delivers.
+        minimize: What ``max_drop`` makes as small as it can: latency, macs, size or params.
+        cache: Use and keep what was measured in earlier runs.
     """
 
     technique: tuple[str, ...] = ()
@@ -103,6 +111,8 @@ class Settings:
     mask: str | None = None
     jobs: int = 1
     refine: bool = True
+    minimize: str = "latency"
+    cache: bool = True
 
     def passes(self) -> list[Pass]:
         """The techniques in use, configured."""
@@ -163,28 +173,73 @@ def _decide(
     reasons |= refusals
     if not proposals:
         raise TargetError(f"{target.option} cannot be met: no layer can be factorized ({_summary(reasons)})")
+    damage = _probed(problem, target, settings, proposals, clock, progress)
+
+    def finish(selection: Selection) -> Selection:
+        return _refined(problem, settings, selection, clock, progress)
+
+    if target.kind == "rank":
+        selection = finish(carry_out(problem, _first_of_each(proposals)))
+        kept = "another technique took it"
+    elif target.kind in BUDGETS:
+        with clock.step("allocate"):
+            selection = meet_budget(problem, proposals, damage, target.kind, target.value)
+        selection = finish(selection)
+        kept = "dense is the better use of the budget: other layers lose less"
+    else:
+        value = _value(problem, settings, target, proposals, clock, progress)
+        with clock.step("search"):
+            if target.kind == "speedup":
+                selection = reach_speedup(problem, proposals, damage, value, target.value, finish, progress)
+            else:
+                unit = settings.minimize
+                selection = stay_within(problem, proposals, damage, value, unit, target.value, finish, progress)
+        kept = "dense is better: too little to gain for what it would lose"
+    return Planned(selection, tuple(proposals), reasons_for_kept(problem.sites, selection.choices, reasons, kept))
+
+
+def _probed(
+    problem: Problem,
+    target: Target,
+    settings: Settings,
+    proposals: Sequence[Proposal],
+    clock: Clock,
+    progress: Progress | None,
+) -> Damage:
+    """The damage of every candidate: probed on the model's output where there are data, local otherwise."""
     curves: Mapping[int, Curve] = {}
     if target.kind != "rank" and problem.calibrate is not None:
         with clock.step("probe"):
-            curves = probe(
-                problem.model,
-                problem.session,
-                proposals,
-                problem.calibrate,
-                problem.runtime,
-                settings.mask,
-                problem.seed,
-                {},
-                progress,
-            )
-    with clock.step("allocate"):
-        if target.kind == "rank":
-            selection = carry_out(problem, _first_of_each(proposals))
-            kept = "another technique took it"
-        else:
-            selection = meet_budget(problem, proposals, damage_of(proposals, curves), target.kind, target.value)
-            kept = "dense is the better use of the budget: other layers lose less"
-    return Planned(selection, tuple(proposals), reasons_for_kept(problem.sites, selection.choices, reasons, kept))
+            curves = cached_probe(problem, proposals, settings.mask, open_cache(settings.cache), progress)
+    return damage_of(proposals, curves)
+
+
+def _value(
+    problem: Problem,
+    settings: Settings,
+    target: Target,
+    proposals: Sequence[Proposal],
+    clock: Clock,
+    progress: Progress | None,
+) -> Callable[[Site, Candidate], float]:
+    """What a candidate is worth to a search: microseconds, or a unit of a budget."""
+    unit = "latency" if target.kind == "speedup" else settings.minimize
+    if unit == "latency":
+        problem.require_feeds(target.option)
+        with clock.step("time"):
+            curves = measure_latencies(problem, proposals, open_cache(settings.cache), progress)
+        return latency_saving(proposals, curves)
+    return lambda site, candidate: saving(site, candidate, f"keep_{unit}")
+
+
+def _refined(
+    problem: Problem, settings: Settings, selection: Selection, clock: Clock, progress: Progress | None
+) -> Selection:
+    if not settings.refine or problem.calibrate is None:
+        return selection
+    with clock.step("refine"):
+        refined = refine_factors(problem, selection.choices, selection.built.factors, settings.mask, progress)
+        return with_factors(problem, refined.choices, refined.factors, refined.notes)
 
 
 def _first_of_each(proposals: Sequence[Proposal]) -> list[Choice]:
@@ -231,6 +286,8 @@ def compress(
     seed: int = 0,
     jobs: int = 1,
     refine: bool = True,
+    minimize: str = "latency",
+    cache: bool = True,
     progress: Progress | None = None,
 ) -> Result:
     """Make a model smaller or faster by low-rank factorization; nothing is written.
@@ -252,6 +309,8 @@ def compress(
         seed: Same seed, same bytes.
         jobs: Workers for decompositions.
         refine: Refit the factors on what the compressed model delivers; needs calibration data.
+        minimize: What ``max_drop`` makes as small as it can: ``latency``, ``macs``, ``size`` or ``params``.
+        cache: Use and keep what was measured in earlier runs.
         progress: Called with (step, done, total).
 
     Raises:
@@ -268,7 +327,9 @@ def compress(
         "max_drop": max_drop,
     }
     wish = read_target({**wishes, **{name: value for name, value in (target or {}).items()}})
-    settings = Settings(tuple(technique), tuple(include), tuple(exclude), mask, jobs, refine)
+    settings = Settings(tuple(technique), tuple(include), tuple(exclude), mask, jobs, refine, minimize, cache)
+    if minimize not in OBJECTIVES:
+        raise LowRankError(f"minimize must be one of {', '.join(OBJECTIVES)}, got '{minimize}'")
     settings.passes()  # a typing error must not wait for the data
     with clock.step("load"):
         problem = pose(model, Runtime(provider, threads), calibrate, evaluate, metric, shape, seed)
@@ -280,17 +341,12 @@ def compress(
 def _finish(
     problem: Problem, target: Target, settings: Settings, planned: Planned, clock: Clock, progress: Progress | None
 ) -> Result:
-    """Refine, validate and report."""
-    selection, notes = planned.selection, {}
-    if settings.refine and problem.calibrate is not None:
-        with clock.step("refine"):
-            refined = refine_factors(problem, selection.choices, selection.built.factors, settings.mask, progress)
-            selection, notes = with_factors(problem, refined.choices, refined.factors), refined.notes
-    planned = dataclasses.replace(planned, selection=selection)
+    """Validate and report."""
+    selection = planned.selection
     with clock.step("validate"):
         measured = measure(problem, selection, progress)
     content = plan_to_dict(_as_plan(problem, target, settings, planned), problem.sites)
-    report = compress_report(problem, target, planned, measured, clock.total(), notes)
+    report = compress_report(problem, target, planned, measured, clock.total())
     return Result(selection.built.proto, content, report, problem.model.folder)
 
 
@@ -369,6 +425,7 @@ def apply(
         raise PlanError("the plan keeps every layer; there is nothing to apply")
     with clock.step("rewrite"):
         selection = carry_out(problem, choices)
+    selection = _refined(problem, settings, selection, clock, progress)
     reasons = {row["site"]: row.get("reason") or "kept by hand" for row in content["sites"] if row not in rows}
     kept = reasons_for_kept(problem.sites, choices, reasons, "the plan does not name it")
     planned = Planned(selection, tuple(choice.proposal for choice in choices), kept)
@@ -474,3 +531,99 @@ def passes() -> list[dict[str, Any]]:
         }
         for kind in PASSES
     ]
+
+
+SWEEP = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+
+
+def sweep(
+    model: Source,
+    folder: str | Path,
+    *,
+    budgets: Sequence[float] = SWEEP,
+    by: str = "macs",
+    calibrate: Data | None = None,
+    evaluate: Data | None = None,
+    metric: str | None = None,
+    technique: Sequence[str] = (),
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    mask: str | None = None,
+    provider: str = "cpu",
+    threads: int = 0,
+    shape: Sequence[str] = (),
+    seed: int = 0,
+    jobs: int = 1,
+    refine: bool = True,
+    cache: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the model at several budgets, and a table and a plot of what each is worth.
+
+    Data are seen, layers decomposed and probed once for all budgets.
+
+    Args:
+        folder: Gets ``keep_0.50.onnx`` for every budget that can be met, ``frontier.csv``, ``.json``, ``.html``.
+        budgets: Shares to keep, each in (0, 1].
+        by: What they are shares of: ``macs``, ``params`` or ``size``.
+
+    Returns:
+        The frontier, as ``frontier.json`` has it.
+
+    Raises:
+        TargetError: No budget can be met.
+    """
+    clock = Clock()
+    targets = [read_target({f"keep_{by}": budget}) for budget in sorted(set(budgets), reverse=True)]
+    settings = Settings(tuple(technique), tuple(include), tuple(exclude), mask, jobs, refine, cache=cache)
+    place = Path(folder)
+    problem = pose(model, Runtime(provider, threads), calibrate, evaluate, metric, shape, seed)
+    names = [f"keep_{target.value:.2f}.onnx" for target in targets]
+    _prepare_folder(place, [*names, *FRONTIER_FILES], problem, overwrite)
+    statistics = _observe(problem, settings, clock, progress)
+    sites, reasons = filter_sites(problem.sites, settings.include, settings.exclude)
+    proposals, refusals = propose(sites, settings.passes(), statistics, None, jobs)
+    if not proposals:
+        raise TargetError(f"nothing to sweep: no layer can be factorized ({_summary(reasons | refusals)})")
+    damage = _probed(problem, targets[0], settings, proposals, clock, progress)
+    points, missed = [], []
+    for target, name in zip(targets, names, strict=True):
+        try:
+            chosen = meet_budget(problem, proposals, damage, target.kind, target.value)
+        except TargetError as error:
+            missed.append(str(error))
+            continue
+        selection = _refined(problem, settings, chosen, clock, progress)
+        measured = measure(problem, selection, progress)
+        save(selection.built.proto, place / name, problem.model.folder)
+        points.append(frontier_point(problem, selection.cost, measured, f"keep {target.value:.2f}", target.value, name))
+    if not points:
+        raise TargetError(missed[0])
+    reference, left_out = reference_points(problem)
+    frontier = {
+        "version": __version__,
+        "model": str(problem.model.path or ""),
+        "by": by,
+        "environment": environment(problem.runtime),
+        "points": points,
+        "reference": reference,
+        "warnings": [*missed, *left_out],
+        "seconds": clock.total(),
+    }
+    write_frontier(frontier, place)
+    return frontier
+
+
+def _prepare_folder(place: Path, names: Sequence[str], problem: Problem, overwrite: bool) -> None:
+    """Make the folder, and find out now whether all files can be written."""
+    if place.exists() and not place.is_dir():
+        raise LowRankError(f"-o '{place}' is no folder; sweep writes several files, name a folder")
+    if not place.parent.is_dir():
+        raise LowRankError(f"folder '{place.parent}' of -o '{place.name}' does not exist; create it first")
+    try:
+        place.mkdir(exist_ok=True)
+    except OSError as error:
+        raise LowRankError(f"folder '{place}' cannot be made: {error.strerror}") from error
+    for name in names:
+        check_output(place / name, problem.model, overwrite)

@@ -56,7 +56,7 @@ def measure(problem: Problem, selection: Selection, progress: Progress | None) -
 
 
 def compress_report(
-    problem: Problem, target: Target, planned: Any, measured: Measured, seconds: Mapping[str, float], notes: Mapping[str, str]
+    problem: Problem, target: Target, planned: Any, measured: Measured, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
     """Return the report of ``compress`` and ``apply``, schema 1."""
     after: Cost = planned.selection.cost
@@ -77,7 +77,7 @@ def compress_report(
         "seconds": dict(seconds),
         "peak_rss_bytes": peak_rss_bytes(),
         "data": _data(problem),
-        "sites": _sites(problem, planned, notes),
+        "sites": _sites(problem, planned),
         "warnings": _warnings(problem),
     }
 
@@ -278,7 +278,7 @@ def _warnings(problem: Problem) -> list[str]:
     return found
 
 
-def _sites(problem: Problem, planned: Any, notes: Mapping[str, str]) -> list[dict[str, Any]]:
+def _sites(problem: Problem, planned: Any) -> list[dict[str, Any]]:
     chosen = {choice.proposal.site.name: choice for choice in planned.selection.choices}
     covered = {name for choice in planned.selection.choices for name in choice.proposal.site.parts}
     rows = []
@@ -286,7 +286,7 @@ def _sites(problem: Problem, planned: Any, notes: Mapping[str, str]) -> list[dic
         if site.name in chosen:
             choice = chosen[site.name]
             row = _factorized(choice.proposal, choice.candidate, problem.calibrate is not None)
-            rows.append({**row, "refined": notes.get(site.name)})
+            rows.append({**row, "refined": planned.selection.notes.get(site.name)})
         elif not site.parts and site.name not in covered:
             rows.append(_kept(site, planned.refusals[site.name]))
     return rows

@@ -27,7 +27,7 @@ def rewrite(model: Model, replacements: Sequence[Replacement]) -> ModelProto:
     proto = ModelProto()
     proto.CopyFrom(model.proto)
     scopes = {scope.path: scope for scope in index_scopes(proto)}
-    taken = {name for scope in scopes.values() for name in _names(scope)}
+    naming = _Naming(scopes.values())
     constants: dict[str, Array] = {}
     orphans: list[tuple[str, str]] = []
     for path, group in _by_scope(replacements).items():
@@ -35,19 +35,22 @@ def rewrite(model: Model, replacements: Sequence[Replacement]) -> ModelProto:
         removed = {name for entry in group for name in entry.remove}
         gone = [node for node in graph.node if node.name in removed]
         assert len(gone) == len(removed), f"replacement removes unknown nodes {removed - {n.name for n in gone}}"
+        replaced = {name for node in gone for name in node.output}
         orphans += [(path, name) for node in gone for name in node.input if name]
         places = {node.name: place for place, node in enumerate(graph.node)}
         inserted: list[tuple[int, NodeProto]] = []
         for entry in group:
             place = min(places[name] for name in entry.remove)
             for node in entry.nodes:
-                inserted.append((place, _export(node, taken, constants)))
+                inserted.append((place, _export(node, replaced, naming, constants)))
         kept = [(place, node) for place, node in enumerate(graph.node) if node.name not in removed]
         _set_nodes(graph, [node for _, node in sorted(inserted + kept, key=lambda pair: pair[0])])
-        _forget_shapes(graph, gone, {name for entry in group for name in entry.reshaped})
+        _drop_value_info(graph, {name for entry in group for name in entry.reshaped})
     for name, array in constants.items():
         _add_initializer(proto, name, array)
     _prune(proto, orphans)
+    for scope in index_scopes(proto):
+        _drop_value_info(scope.graph, {value.name for value in scope.graph.value_info} - set(_names(scope)))
     changed = {entry.scope for entry in replacements}
     for scope in index_scopes(proto):
         if scope.path in changed:
@@ -75,13 +78,47 @@ def _names(scope: Scope) -> Iterable[str]:
     yield from scope.inputs
 
 
-def _export(node: gs.Node, taken: set[str], constants: dict[str, Array]) -> NodeProto:
-    for tensor in node.inputs:
-        if isinstance(tensor, gs.Constant):
-            if tensor.name in taken:
-                raise ModelError(f"the model has a tensor '{tensor.name}', the name a factor needs; rename it")
-            constants.setdefault(tensor.name, tensor.values)
-    return OnnxExporter.export_node(node)
+class _Naming:
+    """Names that are taken, and what new tensors are called whose names were taken."""
+
+    def __init__(self, scopes: Iterable[Scope]) -> None:
+        self.tensors: set[str] = set()
+        self.nodes: set[str] = set()
+        for scope in scopes:
+            self.tensors.update(_names(scope))
+            self.nodes.update(node.name for node in scope.graph.node)
+        self.renamed: dict[str, str] = {}
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """The name, or with a number behind it; taken from now on."""
+    found, number = name, 1
+    while found in taken:
+        found, number = f"{name}_{number}", number + 1
+    taken.add(found)
+    return found
+
+
+def _export(node: gs.Node, replaced: set[str], naming: _Naming, constants: dict[str, Array]) -> NodeProto:
+    """Turn a node into its stored form, with names nobody else has; ``replaced`` tensors keep theirs.
+
+    Raises:
+        ModelError: A constant's name is taken: it is what a plan and a refit know the constant by.
+    """
+    proto = OnnxExporter.export_node(node)
+    proto.name = _free(proto.name, naming.nodes)
+    for place, tensor in enumerate(node.inputs):
+        if not isinstance(tensor, gs.Constant):
+            proto.input[place] = naming.renamed.get(tensor.name, tensor.name)
+            continue
+        if tensor.name in naming.tensors and tensor.name not in constants:
+            raise ModelError(f"the model has a tensor '{tensor.name}', the name a factor needs; rename it")
+        naming.tensors.add(tensor.name)
+        constants.setdefault(tensor.name, tensor.values)
+    for place, name in enumerate(proto.output):
+        if name and name not in replaced:
+            naming.renamed[name] = proto.output[place] = _free(name, naming.tensors)
+    return proto
 
 
 def _set_nodes(graph: GraphProto, nodes: Sequence[NodeProto]) -> None:
@@ -94,10 +131,8 @@ def _set_nodes(graph: GraphProto, nodes: Sequence[NodeProto]) -> None:
     graph.node.extend(copies)
 
 
-def _forget_shapes(graph: GraphProto, gone: Sequence[NodeProto], reshaped: set[str]) -> None:
-    produced = {name for node in graph.node for name in node.output}
-    dead = {name for node in gone for name in node.output} - produced
-    kept = [value for value in graph.value_info if value.name not in dead | reshaped]
+def _drop_value_info(graph: GraphProto, names: set[str]) -> None:
+    kept = [value for value in graph.value_info if value.name not in names]
     if len(kept) < len(graph.value_info):
         copies = []
         for value in kept:

@@ -51,14 +51,14 @@ def find(model: Model, shapes: Shapes) -> list[Site]:
     for scope in model.scopes:
         for node in scope.graph.node:
             if node.domain in ("", "ai.onnx") and node.op_type in ("MatMul", "Gemm"):
-                found = _matmul(model, scope, node) if node.op_type == "MatMul" else _gemm(model, scope, node)
+                found = _matmul(model, shapes, scope, node) if node.op_type == "MatMul" else _gemm(model, scope, node)
                 if found is not None:
                     key = (found.constant.identity, *sorted(found.attributes.items()))
                     groups.setdefault(key, []).append(found)
     return [_site(model, shapes, group) for group in groups.values()]
 
 
-def _matmul(model: Model, scope: Scope, node: NodeProto) -> _Found | None:
+def _matmul(model: Model, shapes: Shapes, scope: Scope, node: NodeProto) -> _Found | None:
     left, right = (model.constant(scope, name) for name in node.input)
     if (left is None) == (right is None):
         return None
@@ -66,10 +66,13 @@ def _matmul(model: Model, scope: Scope, node: NodeProto) -> _Found | None:
     assert constant is not None
     if constant.value.ndim < 2 or constant.value.dtype not in WEIGHT_DTYPES:
         return None
-    side = "right" if right is not None else "left"
-    weight = constant.value if side == "right" else np.swapaxes(constant.value, -1, -2)
-    attributes = {"side": side, "data_transposed": False, "stored": side == "left", "alpha": 1.0}
-    data, name = (node.input[0], node.input[1]) if side == "right" else (node.input[1], node.input[0])
+    stored = right is None
+    weight = np.swapaxes(constant.value, -1, -2) if stored else constant.value
+    data, name = (node.input[1], node.input[0]) if stored else (node.input[0], node.input[1])
+    shape = shape_of(shapes, scope, data)
+    vector = shape is not None and len(shape) == 1  # W x = x Wᵀ, which has rows and no columns
+    side = "left" if stored and not vector else "right"
+    attributes = {"side": side, "data_transposed": False, "stored": stored, "alpha": 1.0}
     return _Found(constant, weight, attributes, node, scope, data, name)
 
 
