@@ -82,6 +82,11 @@ def allocate(options: Sequence[Option], needed: float, cells: int = CELLS) -> Al
     return _summed(list(reversed(chosen)))
 
 
+def largest_saving(options: Sequence[Option]) -> float:
+    """The most an allocation of these options can save."""
+    return float(sum(max(entry.saving for entry in group) for group in _groups(options)))
+
+
 def _shifted(best: Array, steps: int) -> Array:
     """``out[c] = best[c - steps]``; an option that saves more than c cells leaves nothing to be saved before."""
     out = np.full_like(best, best[0])

@@ -48,8 +48,3 @@ def batches(count: int, size: int) -> Iterator[Sequence[int]]:
     """Split ``range(count)`` into runs of at most ``size``."""
     for start in range(0, count, size):
         yield range(start, min(start + size, count))
-
-
-def joined(values: Sequence[Array]) -> Array:
-    """Outputs of all samples on axis 0; a scalar output counts as one row."""
-    return np.concatenate([value[None] if value.ndim == 0 else value for value in values])

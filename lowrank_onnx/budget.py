@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lowrank_onnx.allocation import Option, allocate
+from lowrank_onnx.allocation import Option, allocate, largest_saving
 from lowrank_onnx.base import Candidate, Factors, Site
 from lowrank_onnx.building import Built, Choice, build, factorize
 from lowrank_onnx.cost import Cost, model_cost
@@ -116,17 +116,9 @@ def meet_budget(
             return selection
         needed += excess
     raise TargetError(
-        f"--{kind.replace('_', '-')} {wish:g} cannot be met: {_best(options, before)} of the "
+        f"--{kind.replace('_', '-')} {wish:g} cannot be met: {1 - largest_saving(options) / before:.3f} of the "
         f"{UNITS[kind]} is the least the techniques in use can keep"
     )
-
-
-def _best(options: Sequence[Option], before: float) -> str:
-    most: dict[frozenset[str], float] = {}
-    for entry in options:
-        most[entry.covers] = max(entry.saving, most.get(entry.covers, 0.0))
-    singles = sum(value for cover, value in most.items() if len(cover) == 1)
-    return f"{1 - singles / before:.3f}"
 
 
 def reasons_for_kept(

@@ -23,9 +23,7 @@ def store(array: Array, site: Site) -> Array:
     return np.ascontiguousarray(array, dtype=site.weight.dtype)
 
 
-def linear_chain(
-    site: Site, use: Use, matrices: Sequence[tuple[str, Array]], bias: Array | None
-) -> Replacement:
+def linear_chain(site: Site, use: Use, matrices: Sequence[tuple[str, Array]], bias: Array | None) -> Replacement:
     """Replace one use of a linear site by ``x @ M1 @ M2 @ ... + bias``.
 
     Args:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import click
 from rich.console import Console
@@ -26,12 +27,17 @@ from lowrank_onnx.report import (
     write_json,
 )
 from lowrank_onnx.runtime import PROVIDERS
-from lowrank_onnx.target import OBJECTIVES
+from lowrank_onnx.statistics import Progress as Told
+from lowrank_onnx.target import KINDS, OBJECTIVES
 from lowrank_onnx.version import __version__
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 EXIT_TARGET = 3
+
+
+class Interrupted(BaseException):
+    """A signal asked the process to end; not KeyboardInterrupt, of which click makes something else."""
 
 
 def _options(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
@@ -69,9 +75,15 @@ _runtime = _options(
 )
 _seed = click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same bytes out.")
 _jobs = click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Local workers.")
-_refine = click.option("--no-refine", "refine", is_flag=True, flag_value=False, default=True, help="Do not refit the factors.")
+_refine = click.option(
+    "--no-refine", "refine", is_flag=True, flag_value=False, default=True, help="Do not refit the factors."
+)
 _minimize = click.option(
-    "--minimize", type=click.Choice(OBJECTIVES), default="latency", show_default=True, help="Objective under --max-drop."
+    "--minimize",
+    type=click.Choice(OBJECTIVES),
+    default="latency",
+    show_default=True,
+    help="Objective under --max-drop.",
 )
 _cache = click.option(
     "--no-cache", "cache", is_flag=True, flag_value=False, default=True, help="Measure anew what earlier runs measured."
@@ -97,6 +109,7 @@ def cli() -> None:
 @_runtime
 @_seed
 @_jobs
+@_cache
 @_json
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="HTML page.")
 @_overwrite
@@ -135,8 +148,9 @@ def compress(
     model: Path, out: Path, report: Path | None, json_file: Path | None, overwrite: bool, **options: Any
 ) -> None:
     """Write a smaller, faster MODEL to OUT, and prove it."""
+    _check_target(options)
     target = check_output(out, load(model), overwrite)
-    _check_reports(model, overwrite, ("--report", report), ("--json", json_file))
+    _check_reports(model, overwrite, ("--report", report), ("--json", json_file), out=target)
     with _progress() as progress:
         result = pipeline.compress(model, progress=progress, **options)
     _finish(result, target, report, json_file)
@@ -163,12 +177,16 @@ def compress(
 @_overwrite
 def plan(model: Path, out: Path, report: Path | None, json_file: Path | None, overwrite: bool, **options: Any) -> None:
     """Decide what compress would do to MODEL, and write that down as JSON to read, edit and apply."""
+    _check_target(options)
     target = check_output(out, load(model), overwrite)
-    _check_reports(model, overwrite, ("--report", report), ("--json", json_file))
+    _check_reports(model, overwrite, ("--report", report), ("--json", json_file), out=target)
     with _progress() as progress:
         result = pipeline.compress(model, progress=progress, **options)
-    write_json(result.plan, target)
-    _show(result.report, report, json_file)
+    with _together(report, json_file):
+        _write(result.report, report, json_file)
+        write_json(result.plan, target)
+    render_terminal(result.report, _console())
+    click.echo(f"wrote {target}")
 
 
 @cli.command()
@@ -189,7 +207,7 @@ def apply(
 ) -> None:
     """Carry out PLAN on MODEL; the plan may have been edited by hand."""
     target = check_output(out, load(model), overwrite)
-    _check_reports(model, overwrite, ("--report", report), ("--json", json_file))
+    _check_reports(model, overwrite, ("--report", report), ("--json", json_file), out=target)
     with _progress() as progress:
         result = pipeline.apply(model, plan, progress=progress, **options)
     _finish(result, target, report, json_file)
@@ -212,7 +230,9 @@ def validate(
     _check_reports(reference, overwrite, ("--report", report), ("--json", json_file))
     with _progress() as progress:
         content = pipeline.validate(reference, candidate, progress=progress, **options)
-    _show(content, report, json_file)
+    with _together(report, json_file):
+        _write(content, report, json_file)
+    render_terminal(content, _console())
 
 
 @cli.command()
@@ -271,7 +291,11 @@ def sweep(model: Path, folder: Path, budgets: str | None, **options: Any) -> Non
     for heading in columns:
         table.add_column(heading, justify="right" if heading else "left")
     for row in (*content["reference"], *content["points"]):
-        speed = "" if row["speedup"] is None else f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
+        speed = (
+            ""
+            if row["speedup"] is None
+            else f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
+        )
         cells = [_number(row[key]) for key in ("macs_ratio", "parameters_ratio", "size_ratio")]
         drop = "" if row["metric_drop"] is None else f"{100 * row['metric_drop']:.2f} %"
         table.add_row(row["label"], *cells, speed, drop, _number(row["cosine"], 4))
@@ -298,7 +322,9 @@ def passes(as_json: bool) -> None:
     for row in rows:
         options = ", ".join(f"{name}={value}" for name, value in row["options"].items()) or "none"
         console.print(f"[bold]{row['name']}[/]  {row['summary']}", highlight=False)
-        console.print(f"    kinds: {', '.join(row['kinds'])}; {'on' if row['default'] else 'off'} by default", highlight=False)
+        console.print(
+            f"    kinds: {', '.join(row['kinds'])}; {'on' if row['default'] else 'off'} by default", highlight=False
+        )
         console.print(f"    options: {options}", highlight=False, markup=False)
         console.print(f"    {row['reference']}", highlight=False, markup=False)
 
@@ -306,7 +332,8 @@ def passes(as_json: bool) -> None:
 def main() -> None:
     """Run the command line; the entry point of the package."""
     try:
-        cli(standalone_mode=False)
+        with _signals():
+            cli(standalone_mode=False)
     except TargetError as error:
         _fail(str(error), EXIT_TARGET)
     except LowRankError as error:
@@ -316,8 +343,8 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; nothing was written", 130)
+    except Interrupted as error:
+        _fail("interrupted; nothing unfinished was left behind", 128 + int(error.args[0]))
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -325,31 +352,69 @@ def main() -> None:
         _fail("out of memory; use fewer calibration samples, or a machine with more memory", 1)
 
 
-def _fail(message: str, status: int) -> None:
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Let Ctrl-C and a polite kill unwind the stack, so that temporary files go."""
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _fail(message: str, status: int) -> NoReturn:
     click.echo(f"Error: {' '.join(message.split())}", err=True)
     sys.exit(status)
 
 
 def _finish(result: pipeline.Result, out: Path, report: Path | None, json_file: Path | None) -> None:
-    save(result.model, out, result.folder)
-    _show(result.report, report, json_file)
+    with _together(report, json_file):
+        _write(result.report, report, json_file)
+        save(result.model, out, result.folder)
+    render_terminal(result.report, _console())
     click.echo(f"wrote {out}")
 
 
-def _show(content: Mapping[str, Any], report: Path | None, json_file: Path | None) -> None:
-    render_terminal(content, _console())
+def _write(content: Mapping[str, Any], report: Path | None, json_file: Path | None) -> None:
     if json_file is not None:
         write_json(content, json_file)
     if report is not None:
         write_html({**content, "argv": " ".join(["lowrank-onnx", *sys.argv[1:]])}, report)
 
 
-def _check_reports(model: Path, overwrite: bool, *files: tuple[str, Path | None]) -> None:
+@contextmanager
+def _together(*reports: Path | None) -> Iterator[None]:
+    """Take reports away again where what they tell of could not be written."""
+    new = [file for file in reports if file is not None and not file.exists()]
+    try:
+        yield
+    except BaseException:
+        for file in new:
+            file.unlink(missing_ok=True)
+        raise
+
+
+def _check_target(options: Mapping[str, Any]) -> None:
+    given = [f"--{kind.replace('_', '-')}" for kind in KINDS if options[kind] is not None]
+    if len(given) > 1:
+        raise click.UsageError(f"exactly one target may be given, got {', '.join(given)}")
+
+
+def _check_reports(model: Path, overwrite: bool, *files: tuple[str, Path | None], out: Path | None = None) -> None:
     """Find out that a report cannot be written before the work, not after it."""
+    taken = {} if out is None else {out.resolve(): "-o"}
     for option, file in files:
         if file is not None:
             if file.exists() and model.exists() and file.samefile(model):
                 raise LowRankError(f"{option} '{file}' is the model itself; name another file")
+            if file.resolve() in taken:
+                raise LowRankError(f"{option} '{file}' is the file of {taken[file.resolve()]} too; name another file")
+            taken[file.resolve()] = option
             check_output(file, None, overwrite or file.suffix in (".html", ".json"), option)
 
 
@@ -365,7 +430,7 @@ def _console() -> Console:
 
 
 @contextmanager
-def _progress() -> Iterator[pipeline.Progress | None]:
+def _progress() -> Iterator[Told | None]:
     """A progress bar on standard error, if that is a terminal."""
     if not sys.stderr.isatty():
         yield None

@@ -47,7 +47,11 @@ def _scope_macs(scope: Scope, scopes: dict[str, Scope], shapes: Shapes) -> int |
     total = 0
     for place, node in enumerate(scope.graph.node):
         inner = [
-            _scope_macs(scopes[f"{scope.path + '/' if scope.path else ''}{node.name or f'{node.op_type}_{place}'}/{name}"], scopes, shapes)
+            _scope_macs(
+                scopes[f"{scope.path + '/' if scope.path else ''}{node.name or f'{node.op_type}_{place}'}/{name}"],
+                scopes,
+                shapes,
+            )
             for name, _ in subgraphs(node)
         ]
         own = _body_macs(scope, node, inner, shapes) if inner else node_macs(scope, node, shapes)
@@ -78,14 +82,19 @@ def node_macs(scope: Scope, node: NodeProto, shapes: Shapes) -> int | None:
     def shape(name: str) -> tuple[int, ...] | None:
         return shape_of(shapes, scope, name)
 
+    if node.domain not in ("", "ai.onnx", "com.microsoft"):
+        return 0
     if node.op_type in ("MatMul", "Gemm", "MatMulInteger", "FusedMatMul"):
         left, out = shape(node.input[0]), shape(node.output[0])
         if left is None or out is None:
             return None
-        axis = 0 if attribute(node, "transA", 0) and left else -1
+        axis = -2 if attribute(node, "transA", 0) and len(left) > 1 else -1
         return math.prod(out) * left[axis]
     if node.op_type in ("Conv", "ConvTranspose"):
-        kernel, moving = shape(node.input[1]), shape(node.input[0] if node.op_type == "ConvTranspose" else node.output[0])
+        kernel, moving = (
+            shape(node.input[1]),
+            shape(node.input[0] if node.op_type == "ConvTranspose" else node.output[0]),
+        )
         return None if kernel is None or moving is None else math.prod(moving) * math.prod(kernel[1:])
     if node.op_type in ("LSTM", "GRU", "RNN"):
         x, w, r = shape(node.input[0]), shape(node.input[1]), shape(node.input[2])

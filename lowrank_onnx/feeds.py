@@ -98,8 +98,9 @@ def _static(spec: InputSpec, symbols: Mapping[str, int]) -> tuple[int, ...]:
         elif place == 0:
             sizes.append(1)  # the first open axis is the batch
         else:
-            example = ",".join(str(size) if isinstance(size, int) else "1" if not p else "128"
-                               for p, size in enumerate(spec.shape))
+            example = ",".join(
+                str(size) if isinstance(size, int) else "1" if not p else "128" for p, size in enumerate(spec.shape)
+            )
             raise DataError(
                 f"input '{spec.name}' has the open axis '{axis or place}'; give --shape {spec.name}={example}, "
                 "or data with --calibrate or --evaluate"

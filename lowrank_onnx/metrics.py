@@ -51,7 +51,8 @@ class Metric:
         """Return the raw figure; a cost keeps its sign.
 
         Args:
-            outputs: Outputs of all samples joined on axis 0, by name, in the model's order.
+            outputs: Outputs of all samples joined on axis 0, by name, in the model's order. The arrays are
+                given away: a user's function may write into them.
             data: All arrays of the evaluation data, inputs among them.
 
         Raises:
@@ -93,9 +94,8 @@ def resolve_metric(name: str) -> Metric:
 
 def _guarded(name: str, function: Function) -> Function:
     def call(outputs: dict[str, Array], data: Mapping[str, Array]) -> Any:
-        own = {key: np.array(value) for key, value in outputs.items()}  # it may write into them
         try:
-            return function(own, data)
+            return function(outputs, data)
         except (Exception, SystemExit) as failure:
             raise MetricError(f"metric {name} raised {describe(failure)}") from failure
 

@@ -153,7 +153,7 @@ class Model:
             return None
         known = [entry for entry in inputs if entry is not None]
         value = _evaluate(node, [entry.value for entry in known], self.proto)
-        attributes = ",".join(sorted(onnx.helper.printable_attribute(entry) for entry in node.attribute))
+        attributes = ",".join(sorted(str(onnx.helper.printable_attribute(entry)) for entry in node.attribute))
         identity = f"{node.op_type}({', '.join(entry.identity for entry in known)}; {attributes})"
         return Constant(value, identity, frozenset([root]).union(*(entry.roots for entry in known)))
 
@@ -301,7 +301,7 @@ def stored_tensors(proto: ModelProto) -> Iterator[TensorProto]:
 
 def parameter_count(proto: ModelProto) -> int:
     """Floating-point weight elements in the graph, its subgraphs and functions, each stored one once."""
-    total = sum(math.prod(tensor.dims) for tensor in stored_tensors(proto) if tensor.data_type in FLOAT_TYPES)
+    total: int = sum(math.prod(tensor.dims) for tensor in stored_tensors(proto) if tensor.data_type in FLOAT_TYPES)
     for scope in _walk(proto.graph, None, ""):
         total += sum(_loose_floats(node) for node in scope.graph.node)
     return total + sum(_loose_floats(node) for function in proto.functions for node in function.node)
@@ -310,8 +310,7 @@ def parameter_count(proto: ModelProto) -> int:
 def _loose_floats(node: NodeProto) -> int:
     if node.op_type != "Constant":
         return 0
-    floats = {"value_float": 1}
-    return sum(floats.get(entry.name, len(entry.floats)) for entry in node.attribute)
+    return sum(1 if entry.name == "value_float" else len(entry.floats) for entry in node.attribute)
 
 
 def uses_external_data(tensor: TensorProto) -> bool:
@@ -332,7 +331,7 @@ def external_location(tensor: TensorProto, folder: Path) -> tuple[Path, int, int
     """
     entries = {entry.key: entry.value for entry in tensor.external_data}
     # By name only: stores of models keep links in a folder and the files themselves elsewhere.
-    folder = Path(os.path.abspath(folder))
+    folder = folder.absolute()
     file = Path(os.path.normpath(folder / entries.get("location", "")))
     if folder not in file.parents:
         raise ModelError(
@@ -393,8 +392,9 @@ def _evaluate(node: NodeProto, values: list[Array], proto: ModelProto) -> Array:
     graph = onnx.helper.make_graph([copy], "constant", inputs, outputs)
     opsets = [entry for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
     model = onnx.helper.make_model(graph, opset_imports=opsets)
-    feeds = {f"x{position}": np.asarray(value) for position, value in enumerate(values)}
-    return np.asarray(ReferenceEvaluator(model).run(None, feeds)[0])
+    feeds: dict[str, Any] = {f"x{position}": np.asarray(value) for position, value in enumerate(values)}
+    answer: Any = ReferenceEvaluator(model).run(None, feeds)
+    return np.asarray(answer[0])
 
 
 # --- writing -----------------------------------------------------------------------------------------
@@ -444,7 +444,7 @@ def _check_data_file(data: Path, sources: list[Path], overwrite: bool) -> None:
 
 def serialize(proto: ModelProto) -> bytes:
     """Same model, same bytes."""
-    return proto.SerializeToString(deterministic=True)
+    return bytes(proto.SerializeToString(deterministic=True))
 
 
 def saved_size(proto: ModelProto) -> int:
@@ -492,7 +492,7 @@ def save(proto: ModelProto, out: Path, folder: Path | None, overwrite: bool = Tr
                 _sync(stream)
             written.append((temporary, out))
             for source, target in written:
-                os.replace(source, target)
+                source.replace(target)
         except OSError as error:
             raise ModelError(f"'{out}' could not be written: {error.strerror}; nothing was left behind") from error
 

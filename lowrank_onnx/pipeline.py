@@ -460,16 +460,23 @@ def inspect(
     shape: Sequence[str] = (),
     seed: int = 0,
     jobs: int = 1,
+    cache: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Tell what the model is made of and how compressible each layer is; nothing is changed."""
+    """Tell what the model is made of and how compressible each layer is; nothing is changed.
+
+    With calibration data, also what factorizing each layer alone does to the model's output.
+    """
     clock = Clock()
     settings = Settings(tuple(technique), mask=mask, jobs=jobs)
     passes = settings.passes()
     problem = pose(model, Runtime(provider, threads), calibrate, None, None, shape, seed)
     statistics = _observe(problem, settings, clock, progress)
     proposals, reasons = propose(problem.sites, passes, statistics, None, jobs)
-    return inspect_report(problem, proposals, reasons)
+    curves: Mapping[int, Curve] = {}
+    if problem.calibrate is not None:
+        curves = cached_probe(problem, proposals, mask, open_cache(cache), progress)
+    return inspect_report(problem, proposals, reasons, curves)
 
 
 def validate(

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank_onnx.version import __version__
 from lowrank_onnx.base import Plan, Site
 from lowrank_onnx.errors import PlanError
+from lowrank_onnx.version import __version__
 
 FORMAT = 1
 
@@ -75,16 +75,40 @@ def read_plan(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def check_model(content: Mapping[str, Any], digest: str) -> None:
-    """Refuse a plan of another model.
+    """Refuse a plan of another model, or one whose setting cannot be read.
 
     Raises:
-        PlanError: The digests differ.
+        PlanError: The digests differ, or an entry of ``setting`` has the wrong form.
     """
+    _check_setting(content["setting"])
     if content.get("model") != digest:
         raise PlanError(
             f"the plan was made for a model with digest {str(content.get('model'))[:12]}…, this one has "
             f"{digest[:12]}…; make a plan for this model with lowrank-onnx plan"
         )
+
+
+def _check_setting(setting: Mapping[str, Any]) -> None:
+    data = setting.get("calibrate")
+    techniques = setting.get("techniques", [])
+    forms = {
+        "seed": (type(setting.get("seed", 0)) is int, "a whole number"),
+        "target": (isinstance(setting.get("target", {}), dict), "an object such as {'keep_macs': 0.5}"),
+        "provider": (isinstance(setting.get("provider", "cpu"), str), "a name"),
+        "mask": (isinstance(setting.get("mask"), str | None), "the name of an input, or null"),
+        "techniques": (
+            isinstance(techniques, list) and all(isinstance(entry, str) for entry in techniques),
+            "a list of techniques as --technique takes them",
+        ),
+        "calibrate": (
+            data is None
+            or (isinstance(data, dict) and all(isinstance(data.get(k), str) for k in ("source", "sha256"))),
+            "null, or an object with the texts 'source' and 'sha256'",
+        ),
+    }
+    for name, (fits, expected) in forms.items():
+        if not fits:
+            raise PlanError(f"'{name}' in the setting of the plan must be {expected}, found {setting[name]!r}")
 
 
 def chosen_rows(content: Mapping[str, Any], sites: Mapping[str, Site]) -> list[Mapping[str, Any]]:
@@ -93,10 +117,10 @@ def chosen_rows(content: Mapping[str, Any], sites: Mapping[str, Site]) -> list[M
     Raises:
         PlanError: The plan names a site the model lacks, rewrites one twice, or a row is malformed.
     """
-    rows = []
+    rows: list[Mapping[str, Any]] = []
     covered: dict[str, str] = {}
     for row in content["sites"]:
-        if not isinstance(row, dict) or "site" not in row:
+        if not isinstance(row, dict) or not isinstance(row.get("site"), str):
             raise PlanError(f"a row of the plan names no site: {str(row)[:80]}")
         name = row["site"]
         decision = row.get("decision")

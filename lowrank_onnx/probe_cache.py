@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowrank_onnx.cache import Cache
-from lowrank_onnx.probes import PROBES, SAMPLES, Curve, probe
+from lowrank_onnx.probes import PROBES, SAMPLES, Curve, curve_owner, probe
 from lowrank_onnx.problem import Problem
 from lowrank_onnx.proposals import Proposal
 from lowrank_onnx.runtime import onnxruntime
@@ -29,7 +29,7 @@ def cached_probe(
         "probes": PROBES,
         "onnxruntime": onnxruntime().__version__,
     }
-    keys = [{**shared, "site": entry.site.name, "technique": repr(entry.technique)} for entry in proposals]
+    keys = [{**shared, "site": entry.site.name, "technique": curve_owner(proposals, entry)} for entry in proposals]
     known: dict[int, Curve] = {}
     for place, key in enumerate(keys):
         value = cache.get(key)

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_onnx.base import Candidate, Replacement, Site
+from lowrank_onnx.base import Candidate, Replacement, Site, Use
 from lowrank_onnx.batches import batches
 from lowrank_onnx.chains import linear_chain
+from lowrank_onnx.conv_chains import Link, blocks_of, convolution_chain
 from lowrank_onnx.data import Dataset
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.model import Model
@@ -26,8 +27,10 @@ from lowrank_onnx.statistics import Progress, as_rows, padding_mask
 from lowrank_onnx.stream import Stream, levels
 from lowrank_onnx.validation import safe_batch
 
-SAMPLES = 64
-PROBES = 4
+SAMPLES = 40
+PROBES = 3
+_FEWEST_SAMPLES = 4
+_PROBE_MACS = 2e12  # about a minute's work
 
 
 @dataclass(frozen=True)
@@ -78,15 +81,17 @@ def probe(
     Returns:
         Curves by position in ``proposals``; a site inside a subgraph has none.
     """
-    todo = [
+    measured = [
         place
         for place, entry in enumerate(proposals)
         if place not in known and all(not use.scope for use in entry.site.uses)
     ]
+    followed = _followed(proposals, measured)
+    todo = [place for place in measured if place not in followed]
     curves = dict(known)
     if not todo:
         return curves
-    picked = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:SAMPLES])
+    picked = np.sort(np.random.default_rng(seed).permutation(len(dataset))[: _samples(proposals, todo)])
     subset = dataset.subset(picked.tolist())
     size = min(safe_batch(session, subset), 16)
     parts = {part.name: part for place in todo for part in _parts(proposals[place].site)}
@@ -100,11 +105,13 @@ def probe(
         for place, members in group:
             varied = [name for part in members for name in constants[part.name]]
             call = stream.suffix(varied)
-            curves[place] = _curve(proposals[place], call, constants, reference, masks)
+            rivals = [proposals[other] for other, leader in followed.items() if leader == place]
+            trials = _trials(proposals[place], rivals)
+            curves[place] = _curve(trials, call, constants, reference, masks)
             done += 1
             if progress is not None:
                 progress("probe", done, len(todo))
-    return curves
+    return curves | {place: curves[other] for place, other in followed.items()}
 
 
 def damage_of(proposals: Sequence[Proposal], curves: Mapping[int, Curve]) -> Callable[[Candidate], float]:
@@ -120,6 +127,30 @@ def damage_of(proposals: Sequence[Proposal], curves: Mapping[int, Curve]) -> Cal
             worst = max(worst, curves[place].at(candidate.error) if place in curves else own)
             table[id(candidate)] = worst
     return lambda candidate: table[id(candidate)]
+
+
+def curve_owner(proposals: Sequence[Proposal], entry: Proposal) -> str:
+    """What a curve is of: one technique, or all that share it."""
+    if entry.site.kind != "convolution":
+        return repr(entry.technique)
+    return repr([other.technique for other in proposals if other.site.name == entry.site.name])
+
+
+def _followed(proposals: Sequence[Proposal], places: Sequence[int]) -> dict[int, int]:
+    """Proposals whose curve is that of another: what a convolution's error does hardly depends on the technique."""
+    first: dict[str, int] = {}
+    for place in places:
+        if proposals[place].site.kind == "convolution":
+            first.setdefault(proposals[place].site.name, place)
+    names = {place: proposals[place].site.name for place in places}
+    return {place: first[name] for place, name in names.items() if first.get(name, place) != place}
+
+
+def _samples(proposals: Sequence[Proposal], todo: Sequence[int]) -> int:
+    """How many samples to probe with: fewer where convolutions make a run expensive, as large maps say much."""
+    macs = sum(proposals[place].site.macs or 0 for place in todo if proposals[place].site.kind == "convolution")
+    runs = PROBES * len(todo) / 2  # half of the model lies behind a layer
+    return int(np.clip(_PROBE_MACS / max(macs * runs, 1), _FEWEST_SAMPLES, SAMPLES))
 
 
 def _parts(site: Site) -> tuple[Site, ...]:
@@ -141,9 +172,9 @@ def _with_dense(model: Model, parts: Sequence[Site]) -> tuple[Any, dict[str, dic
         name = f"{part.name}/dense"
         made = {name: ("weight", part.weight)}
         for use in part.uses:
-            width = part.weight.shape[-1]
+            width = _outputs(part)
             bias = None if use.dynamic_bias else np.zeros(width) if use.bias is None else use.bias
-            entry = linear_chain(part, use, [(name, part.weight)], bias)
+            entry = _dense_node(part, use, name, bias)
             replacements.append(entry)
             if bias is not None:
                 made[f"{use.node}/bias"] = (use.node, bias)
@@ -151,15 +182,41 @@ def _with_dense(model: Model, parts: Sequence[Site]) -> tuple[Any, dict[str, dic
     return rewrite(model, replacements), constants
 
 
+def _outputs(part: Site) -> int:
+    """Length of the bias."""
+    if part.kind != "convolution":
+        return int(part.weight.shape[-1])
+    return int(part.shape[1] * part.attributes["group"] if part.attributes["transposed"] else part.shape[0])
+
+
+def _dense_node(part: Site, use: Use, name: str, bias: Array | None) -> Replacement:
+    if part.kind != "convolution":
+        return linear_chain(part, use, [(name, part.weight)], bias)
+    shape = blocks_of(part.weight, part.attributes["group"], part.attributes["transposed"]).shape
+    link = Link("dense", tuple(range(part.weight.ndim - 2)), shape)
+    return convolution_chain(part, use, [link], [part.weight], bias)
+
+
+def _trials(proposal: Proposal, rivals: Sequence[Proposal]) -> list[tuple[Proposal, Candidate]]:
+    """What to probe, falling in error: a few ranks of one technique, or of all that share the curve."""
+    if proposal.site.kind != "convolution":
+        return [(proposal, candidate) for candidate in _spread(proposal.candidates)]
+    offered = [(entry, candidate) for entry in (proposal, *rivals) for candidate in entry.candidates]
+    offered.sort(key=lambda pair: -pair[1].error)
+    errors = np.log([max(candidate.error, 1e-6) for _, candidate in offered])
+    wanted = np.linspace(errors[0], errors[-1], PROBES + 1)
+    return [offered[place] for place in sorted({int(np.argmin(np.abs(errors - at))) for at in wanted})]
+
+
 def _curve(
-    proposal: Proposal,
+    trials: Sequence[tuple[Proposal, Candidate]],
     call: Callable[[Mapping[str, Array]], Any],
     constants: Mapping[str, Mapping[str, tuple[str, Array]]],
     reference: Sequence[Mapping[str, Array]],
     masks: Sequence[Array | None],
 ) -> Curve:
     ranks, errors, damages = [], [], []
-    for candidate in _spread(proposal.candidates):
+    for proposal, candidate in trials:
         factors = proposal.technique.factorize(proposal.site, proposal.analysis, candidate)
         dense = proposal.technique.dense_equivalent(proposal.site, candidate, factors)
         feeds = {
@@ -178,6 +235,10 @@ def _curve(
 def _stored(site: Site, part: Site, role: str, value: Array, dense: Mapping[str, Any]) -> Array:
     """A constant as the rewritten graph stores it: transposed where the weight stands on the left."""
     entry = dense.get(part.name)
+    if part.kind == "convolution":
+        changed = entry is not None and (role == "weight" or role in entry.biases)
+        made = (entry.weight if role == "weight" else entry.biases[role]) if entry is not None and changed else value
+        return np.ascontiguousarray(made, dtype=part.weight.dtype)
     left = part.attributes["side"] == "left"
     if role == "weight":
         weight = value if entry is None else entry.weight

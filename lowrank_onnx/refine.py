@@ -21,15 +21,16 @@ from lowrank_onnx.building import Choice, build
 from lowrank_onnx.data import Dataset
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.model import Model, Scope
+from lowrank_onnx.patches import as_linear
 from lowrank_onnx.probes import divergence, visible_outputs
 from lowrank_onnx.problem import Problem
-from lowrank_onnx.statistics import Progress, as_rows, padding_mask, row_layout
+from lowrank_onnx.statistics import Progress, Rows, choose_rows, padding_mask, positions_of, row_layout
 from lowrank_onnx.stream import Stream, levels
 from lowrank_onnx.validation import safe_batch
 
 HELD_OUT = 0.2
 MIXES = (0.5, 1.0)
-RIDGES = (0.001, 0.01, 0.1)
+RIDGES = (0.01, 0.1)
 _LIVE_BYTES = 512 * 2**20  # of the widest layer's inputs, in both streams
 _FEWEST = 5  # samples; below that nothing can be held out
 
@@ -119,10 +120,11 @@ def refine(
             name = choices[place].proposal.site.name
             technique = choices[place].proposal.technique
             for number, keep in enumerate(masks):
-                x, source, t = _rows(members, dense.values[number], small.values[number], keep)
+                rows = _rows(members, dense.values[number], keep, number, len(groups[number]), len(train) + len(held))
+                x, source, t = _values(members, dense.values[number], small.values[number], rows)
                 if number < seen:
                     plain_sums.add(technique.delivered(made[name], source), t)
-                t = t + _lost(skips[place], t, dense.values[number], small.values[number], keep)
+                t = t + _lost(skips[place], t, dense.values[number], small.values[number], rows)
                 (train_sums if number < seen else held_sums).add(x, t)
             answer = _refit(choices[place], made[name], train_sums, held_sums, plain_sums)
             made[name], fresh[place], notes[name] = answer
@@ -141,14 +143,13 @@ def _is_refittable(choice: Choice) -> bool:
 
 
 def _targets(choice: Choice) -> tuple[Site, ...]:
-    return choice.proposal.technique.targets(choice.proposal.site)
+    """The layers a refit aims at, each as the matrix that rows meet."""
+    return tuple(as_linear(site) for site in choice.proposal.technique.targets(choice.proposal.site))
 
 
 def _split(problem: Problem, choices: Sequence[Choice], data: Dataset) -> tuple[list[int], list[int]]:
     """Draw the samples used, as many as memory allows, and hold some of them out."""
-    widest = max(
-        4 * int(np.prod(part.uses[0].input_shape or (1,))) for choice in choices for part in _targets(choice)
-    )
+    widest = max(4 * int(np.prod(part.uses[0].input_shape or (1,))) for choice in choices for part in _targets(choice))
     count = int(np.clip(_LIVE_BYTES // (2 * widest), _FEWEST, len(data)))
     picked = np.random.default_rng(problem.seed).permutation(len(data))[:count]
     held = max(int(HELD_OUT * count), 1)
@@ -162,7 +163,7 @@ def _chunks(indices: Sequence[int], size: int) -> list[list[int]]:
 def _residual(model: Model, choice: Choice) -> str:
     """The tensor that is added right behind the layer; empty where there is none."""
     members = _targets(choice)
-    if len(members) > 1 or members[0].attributes["side"] == "left":
+    if len(members) > 1 or members[0].attributes.get("side") == "left":
         return ""
     use = members[0].uses[0]
     main: Scope = model.scopes[0]
@@ -177,28 +178,34 @@ def _residual(model: Model, choice: Choice) -> str:
 
 
 def _rows(
-    members: Sequence[Site], dense: Mapping[str, Array], small: Mapping[str, Array], keep: Array | None
+    members: Sequence[Site], dense: Mapping[str, Array], keep: Array | None, number: int, samples: int, total: int
+) -> Rows:
+    """The rows of batch ``number`` that count, of ``samples`` out of ``total`` samples."""
+    shape = dense[members[0].uses[0].input].shape
+    return choose_rows(row_layout(members[0]), shape, keep, positions_of(samples, total), number)
+
+
+def _values(
+    members: Sequence[Site], dense: Mapping[str, Array], small: Mapping[str, Array], rows: Rows
 ) -> tuple[Array, Array, Array]:
     """Delivered rows (n, K̂), original rows (n, K) and the original outputs (n, N) without bias, of one batch."""
-    use, layout = members[0].uses[0], row_layout(members[0])
-    x = as_rows(small[use.input], layout, keep).astype(np.float32, copy=False)
-    source = as_rows(dense[use.input], layout, keep).astype(np.float32, copy=False)
+    name = members[0].uses[0].input
+    x = rows.of_input(small[name]).astype(np.float32, copy=False)
+    source = rows.of_input(dense[name]).astype(np.float32, copy=False)
     return x, source, np.concatenate([source @ part.weight.astype(np.float32, copy=False) for part in members], axis=1)
 
 
-def _lost(
-    skip: str, t: Array, dense: Mapping[str, Array], small: Mapping[str, Array], keep: Array | None
-) -> Array | float:
+def _lost(skip: str, t: Array, dense: Mapping[str, Array], small: Mapping[str, Array], rows: Rows) -> Array | float:
     """What the skip path lacks by now, (n, N): the layer is asked to give it back."""
     if not skip or skip not in small or small[skip].shape != dense[skip].shape or small[skip].ndim < 2:
         return 0.0
-    lost = as_rows(dense[skip].astype(np.float32) - small[skip].astype(np.float32), "last", keep)
+    if rows.places is not None and (len(dense[skip]), *dense[skip].shape[2:]) != rows.places.grid:
+        return 0.0  # a skip path that is spread over the map
+    lost = rows.of_output(dense[skip].astype(np.float32) - small[skip].astype(np.float32))
     return lost if lost.shape == t.shape else 0.0
 
 
-def _refit(
-    choice: Choice, factors: Factors, train: _Sums, held: _Sums, plain: _Sums
-) -> tuple[Factors, Choice, str]:
+def _refit(choice: Choice, factors: Factors, train: _Sums, held: _Sums, plain: _Sums) -> tuple[Factors, Choice, str]:
     """Choose among no refit and refits with several settings, by the held-out error.
 
     The present factors have seen the held-out samples; for a fair comparison they are fitted again to the

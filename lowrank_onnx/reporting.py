@@ -17,6 +17,7 @@ from lowrank_onnx.errors import ModelError
 from lowrank_onnx.linalg import Array, effective_rank, energy_rank
 from lowrank_onnx.metrics import Fidelity
 from lowrank_onnx.model import Model
+from lowrank_onnx.probes import Curve
 from lowrank_onnx.problem import Problem
 from lowrank_onnx.proposals import Proposal
 from lowrank_onnx.runtime import Runtime, onnxruntime, open_session
@@ -136,12 +137,15 @@ def benchmark_report(
 
 
 def inspect_report(
-    problem: Problem, proposals: Sequence[Proposal], reasons: Mapping[str, str]
+    problem: Problem, proposals: Sequence[Proposal], reasons: Mapping[str, str], curves: Mapping[int, Curve]
 ) -> dict[str, Any]:
     """What a model is made of; the form is described in ``report/inspection.py``."""
     offered: dict[str, list[Proposal]] = {}
-    for entry in proposals:
+    damages: dict[str, Curve] = {}
+    for place, entry in enumerate(proposals):
         offered.setdefault(entry.site.name, []).append(entry)
+        if place in curves and not entry.site.parts:
+            damages.setdefault(entry.site.name, curves[place])
     rows = []
     for site in problem.sites:
         if site.parts:
@@ -170,6 +174,9 @@ def inspect_report(
                     "effective_rank": effective_rank(sigma),
                     "spectrum": _spectrum(sigma, problem.calibrate is not None),
                 }
+        if site.name in damages:
+            curve = damages[site.name]
+            row["damage"] = {"ranks": [ranks[0] for ranks in curve.ranks], "values": list(curve.damages)}
         rows.append(row)
     return {
         "schema": SCHEMA,

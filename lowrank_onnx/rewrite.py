@@ -105,7 +105,7 @@ def _export(node: gs.Node, replaced: set[str], naming: _Naming, constants: dict[
     Raises:
         ModelError: A constant's name is taken: it is what a plan and a refit know the constant by.
     """
-    proto = OnnxExporter.export_node(node)
+    proto: NodeProto = OnnxExporter.export_node(node)
     proto.name = _free(proto.name, naming.nodes)
     for place, tensor in enumerate(node.inputs):
         if not isinstance(tensor, gs.Constant):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_onnx.allocation import Option, allocate
+from lowrank_onnx.allocation import Option, allocate, largest_saving
 from lowrank_onnx.base import Candidate, Site
 from lowrank_onnx.budget import Damage, Selection, carry_out, options_for
 from lowrank_onnx.building import Choice
@@ -31,7 +31,9 @@ Finish = Callable[[Selection], Selection]
 """Refinement: the last step of a candidate model before it is judged."""
 
 _MEASURED_SAMPLES = 256
-_STEPS = 6
+_STEPS = 5
+_REFINED_STEPS = 3
+_SPEED_STEPS = 8
 _SECONDS = 2.5
 
 
@@ -69,18 +71,18 @@ def reach_speedup(
     """
     options = options_for(proposals, value, damage)
     total = total_latency_us(problem)
-    most = _most_saving(options)
+    most = largest_saving(options)
     needed = min(total * (1 - 1 / wish), most * (1 - 1e-9))
     lower, best, fastest = 0.0, None, 1.0
     upper = most
-    for step in range(_STEPS + 2):
+    for step in range(_SPEED_STEPS):
         selection = _at(problem, options, needed)
         if selection is None:
             break
         ratio = _speed(problem, selection)
         fastest = max(fastest, ratio.low)
         if progress is not None:
-            progress("search", step + 1, _STEPS + 2)
+            progress("search", step + 1, _SPEED_STEPS)
         reached = needed
         if ratio.low >= wish:
             best, upper = selection, needed
@@ -132,26 +134,28 @@ def stay_within(
         )
     options = options_for(proposals, value, damage)
     judge = _Judge(problem, wish)
-    most = _most_saving(options)
+    most = largest_saving(options)
     if most <= 0:
         raise TargetError(f"--max-drop {wish:g}: no layer gets better in {unit} by any rank on the grid; nothing helps")
-    good, bad, best = 0.0, 1.0, None
-    share = 0.4
-    for step in range(_STEPS):
+    good, bad, share, best = 0.0, 1.0, 0.4, None
+    for step in range(_STEPS + _REFINED_STEPS):
+        # Refining costs more than all the rest: first find the neighbourhood without it.
+        refining = step >= _STEPS
+        if refining:
+            share = good if best is None and good > 0 else (good + bad) / 2
         selection = _at(problem, options, share * most)
-        drop = None
-        if selection is not None:
+        if selection is not None and refining:
             selection = finish(selection)
-            drop = judge.on_calibration(selection)
+        fits = selection is not None and judge.on_calibration(selection) <= judge.allowed
         if progress is not None:
-            progress("search", step + 1, _STEPS)
-        if selection is not None and drop is not None and drop <= judge.allowed:
-            good, best = share, selection
+            progress("search", step + 1, _STEPS + _REFINED_STEPS)
+        if fits:
+            good, best = share, selection if refining else best
+            if refining:
+                bad = max(bad, min(1.0, 1.15 * share))
         else:
-            bad = share
-        if bad - good < 0.04:
-            break
-        share = (good + bad) / 2 if bad < 1.0 or good > 0 else share / 2
+            bad, good = share, min(good, 0.8 * share)
+        share = (good + bad) / 2
     return _confirmed(problem, options, most, good, best, judge, unit, finish)
 
 
@@ -250,17 +254,3 @@ def _at(problem: Problem, options: Sequence[Option], needed: float) -> Selection
     if allocation is None or not allocation.chosen:
         return None
     return carry_out(problem, [entry.key for entry in allocation.chosen if isinstance(entry.key, Choice)])
-
-
-def _most_saving(options: Sequence[Option]) -> float:
-    """The largest saving an allocation can reach."""
-    low, high = 0.0, sum(max(entry.saving, 0.0) for entry in options)
-    if allocate(options, high * (1 - 1e-9), 2000) is not None:
-        return high
-    for _ in range(24):
-        middle = (low + high) / 2
-        if middle > 0 and allocate(options, middle, 2000) is not None:
-            low = middle
-        else:
-            high = middle
-    return low

@@ -16,9 +16,22 @@ from lowrank_onnx.runtime import Runtime, open_session, run
 Shapes = Mapping[tuple[str, str], tuple[int, ...]]
 """(scope path, tensor name) to shape."""
 
-# The operators whose cost or whose weight we care about.
+# The operators whose cost or whose weight we care about. Not Loop: what it carries may be no tensors.
 COSTLY_OPS = frozenset(
-    {"MatMul", "Gemm", "Conv", "ConvTranspose", "LSTM", "GRU", "RNN", "Einsum", "Gather", "Attention", "Scan", "Loop"}
+    {
+        "MatMul",
+        "Gemm",
+        "MatMulInteger",
+        "FusedMatMul",
+        "Conv",
+        "ConvTranspose",
+        "LSTM",
+        "GRU",
+        "RNN",
+        "Einsum",
+        "Gather",
+    }
+    | {"Attention", "Scan"}
 )
 
 
@@ -28,7 +41,9 @@ def shape_of(shapes: Shapes, scope: Scope, name: str) -> tuple[int, ...] | None:
     return None if owner is None else shapes.get((owner.path, name))
 
 
-def measure_shapes(model: Model, feeds: Mapping[str, Array], runtime: Runtime) -> dict[tuple[str, str], tuple[int, ...]]:
+def measure_shapes(
+    model: Model, feeds: Mapping[str, Array], runtime: Runtime
+) -> dict[tuple[str, str], tuple[int, ...]]:
     """Run the model once and note the shapes around every costly node.
 
     Shapes inside subgraphs come from shape inference, helped by those measured outside; what stays unknown
@@ -100,9 +115,7 @@ def static_shapes(model: Model) -> dict[tuple[str, str], tuple[int, ...]]:
     return shapes
 
 
-def synthetic_feeds(
-    specs: Mapping[str, tuple[np.dtype[np.generic], tuple[int, ...]]], seed: int
-) -> dict[str, Array]:
+def synthetic_feeds(specs: Mapping[str, tuple[np.dtype[np.generic], tuple[int, ...]]], seed: int) -> dict[str, Array]:
     """Inputs for timing and for shapes when no data are given.
 
     Floats are standard normal. Integers must be valid indices of unknown tables: masks are ones, lengths

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from lowrank_onnx.data import Dataset
 from lowrank_onnx.errors import DataError
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.model import Model
+from lowrank_onnx.patches import POSITIONS, Places, Window, as_linear, unseen, window
 from lowrank_onnx.runtime import Runtime, open_session, run
 
 WIDEST = 16384  # a second moment of this width takes 2 GiB; wider layers go without data
@@ -54,6 +56,8 @@ class MomentSums:
 
 def observable(site: Site) -> bool:
     """Whether ``observe`` can see what goes into a site."""
+    if site.kind == "convolution":
+        return unseen(site) is None and all(not use.scope for use in site.uses)
     return (
         site.kind in ("linear", "shared_input", "feedforward")
         and site.weight.ndim == 2
@@ -72,6 +76,8 @@ def observe(
 ) -> dict[str, dict[str, Moments]]:
     """Return the moments of every observable site on the calibration data.
 
+    Of a convolution the rows are the patches at a random sample of about ``POSITIONS`` output positions.
+
     Args:
         model: The original model.
         sites: Sites; those of which nothing can be observed are missing from the answer.
@@ -85,7 +91,7 @@ def observe(
         ModelError: onnxruntime cannot run the model on the data.
     """
     chosen = [site for site in sites if observable(site)]
-    layouts = {(use.input, row_layout(site)): site.weight.shape[0] for site in chosen for use in site.uses}
+    layouts = {(use.input, row_layout(site)): as_linear(site).weight.shape[0] for site in chosen for use in site.uses}
     sums = {key: MomentSums(width) for key, width in layouts.items()}
     shapes = {use.input: use.input_shape for site in chosen for use in site.uses}
     for group in _groups(layouts):
@@ -99,7 +105,8 @@ def observe(
             for key in group:
                 name, layout = key
                 value = feeds[name] if name in feeds else values[name]
-                sums[key].add(as_rows(value, layout, keep))
+                count = positions_of(len(indices), len(dataset))
+                sums[key].add(choose_rows(layout, value.shape, keep, count, indices[0]).of_input(value))
             if progress is not None:
                 progress("observe", indices[-1] + 1, len(dataset))
     for (name, _), entry in sums.items():
@@ -120,10 +127,55 @@ def expose(proto: ModelProto, names: Sequence[str]) -> ModelProto:
     return copy
 
 
-def row_layout(site: Site) -> str:
-    """How the rows of a linear site lie in its input: ``last`` axis, or ``first`` of the two last ones."""
+Layout = str | Window
+"""How the rows of a site lie in its input; see ``row_layout``."""
+
+
+def row_layout(site: Site) -> Layout:
+    """How the rows lie in the input: ``last`` axis, ``first`` of the two last ones, or under a moving window."""
+    if site.kind == "convolution":
+        return window(site)
     columns = (site.attributes.get("side") == "left") != bool(site.attributes.get("data_transposed"))
     return "first" if columns else "last"
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which rows of one batch count; the same ones of its input and of its output."""
+
+    layout: Layout
+    keep: Array | None
+    places: Places | None
+
+    def of_input(self, value: Array) -> Array:
+        """Rows (n, K) that meet the weight."""
+        if isinstance(self.layout, Window):
+            assert self.places is not None
+            return self.layout.patches(value, self.places)
+        return as_rows(value, self.layout, self.keep)
+
+    def of_output(self, value: Array) -> Array:
+        """Rows (n, N) that come out; of a linear site those of the last axis."""
+        return as_rows(value, "last", self.keep) if self.places is None else self.places.rows(value)
+
+
+def choose_rows(layout: Layout, shape: Sequence[int], keep: Array | None, count: int, seed: int) -> Rows:
+    """Choose the rows of a batch: all of a linear site, at most ``count`` of a convolution.
+
+    Args:
+        layout: See ``row_layout``.
+        shape: Of the input of the site in this batch.
+        keep: (batch, positions) bool, False at padding; None keeps everything.
+        count: Most output positions of a convolution.
+        seed: Same seed and shape, same rows.
+    """
+    places = layout.draw(shape, count, (seed,), keep) if isinstance(layout, Window) else None
+    return Rows(layout, keep, places)
+
+
+def positions_of(samples: int, total: int) -> int:
+    """Output positions to look at in a batch of that many samples out of all."""
+    return math.ceil(POSITIONS * samples / total)
 
 
 def as_rows(value: Array, layout: str, keep: Array | None) -> Array:
@@ -179,16 +231,16 @@ def padding_mask(feeds: Mapping[str, Array], name: str | None) -> Array | None:
 
 def _as_mask(value: Array, feeds: Mapping[str, Array]) -> Array | None:
     if value.ndim == 2:
-        return value != 0
+        return np.asarray(value != 0)
     if value.ndim == 1:
         longest = max((entry.shape[1] for entry in feeds.values() if entry.ndim > 1), default=0)
         return np.asarray(np.arange(longest)[None, :] < value[:, None])
     return None
 
 
-def _groups(layouts: Mapping[tuple[str, str], int]) -> list[list[tuple[str, str]]]:
+def _groups(layouts: Mapping[tuple[str, Layout], int]) -> list[list[tuple[str, Layout]]]:
     """Split the tensors so that the sums of one pass over the data fit into memory."""
-    groups: list[list[tuple[str, str]]] = [[]]
+    groups: list[list[tuple[str, Layout]]] = [[]]
     used = 0
     for key, width in layouts.items():
         size = 8 * width * width
@@ -205,5 +257,3 @@ def _batch_size(session: Any, dataset: Dataset, shapes: Sequence[tuple[int, ...]
         return 1
     live = 4 * sum(int(np.prod(shape)) for shape in shapes if shape is not None)
     return int(np.clip(_LIVE_BYTES // max(live, 1), 1, 32))
-
-

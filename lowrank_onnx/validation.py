@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_onnx.batches import batches, can_batch, joined
+from lowrank_onnx.batches import batches, can_batch
 from lowrank_onnx.data import Dataset
-from lowrank_onnx.errors import ModelError
+from lowrank_onnx.errors import MetricError, ModelError
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.metrics import Fidelity, FidelityAccumulator, Metric, relative_drop
 from lowrank_onnx.runtime import Runtime, one_line, onnxruntime, run
@@ -88,7 +88,7 @@ def compare(
     if names != other:
         raise ModelError(f"the models differ in their outputs: {', '.join(names)} and {', '.join(other)}")
     sums = FidelityAccumulator()
-    kept: tuple[dict[str, list[Array]], dict[str, list[Array]]] = ({}, {})
+    kept = (Collector(len(dataset)), Collector(len(dataset)))
     done = 0
     for before, after in zip(Outputs(reference, dataset, size), Outputs(candidate, dataset, size), strict=True):
         for name in names:
@@ -99,25 +99,69 @@ def compare(
                 )
         sums.update(before, after)
         if metric is not None:
-            for place, values in enumerate((before, after)):
-                for name, value in values.items():
-                    kept[place].setdefault(name, []).append(value)
+            kept[0].add(before, size)
+            kept[1].add(after, size)
         done += size
         if progress is not None:
             progress("validate", min(done, len(dataset)), len(dataset))
     return Accuracy(sums.result(), None if metric is None else _measured(metric, kept, dataset))
 
 
-def _measured(
-    metric: Metric, kept: tuple[dict[str, list[Array]], dict[str, list[Array]]], dataset: Dataset
-) -> MetricResult:
-    values = []
-    for part in kept:
-        outputs = {name: joined(rows) for name, rows in part.items()}
-        part.clear()
-        values.append(metric.score(outputs, dataset.arrays))
-    before, after = values
+def _measured(metric: Metric, kept: tuple[Collector, Collector], dataset: Dataset) -> MetricResult:
+    before = metric.score(kept[0].take(), dataset.arrays)
+    after = metric.score(kept[1].take(), dataset.arrays)
     return MetricResult(metric.name, before, after, relative_drop(before, after, metric), len(dataset))
+
+
+class Collector:
+    """Outputs of all samples, joined on axis 0 as they come, so that no second copy of them is ever needed.
+
+    Args:
+        samples: How many samples there will be.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self._samples = samples
+        self._whole: dict[str, Array] = {}
+        self._filled: dict[str, int] = {}
+        self._odd: dict[str, list[Array]] = {}
+
+    def add(self, outputs: Mapping[str, Array], size: int) -> None:
+        """Add the outputs of the next batch, of ``size`` samples or fewer if it is the last one."""
+        for name, value in outputs.items():
+            rows = value[None] if value.ndim == 0 else value
+            if name not in self._whole and name not in self._odd:
+                count = -(-len(rows) * self._samples // min(size, self._samples))
+                self._whole[name] = np.empty((count, *rows.shape[1:]), rows.dtype)
+                self._filled[name] = 0
+            whole = self._whole.get(name)
+            start = self._filled.get(name, 0)
+            if whole is not None and rows.shape[1:] == whole.shape[1:] and start + len(rows) <= len(whole):
+                whole[start : start + len(rows)] = rows
+                self._filled[name] = start + len(rows)
+                continue
+            if whole is not None:  # samples of several sizes: joined at the end, or not at all
+                self._odd[name] = [whole[:start].copy()]
+                del self._whole[name]
+            self._odd[name].append(rows)
+
+    def take(self) -> dict[str, Array]:
+        """Give the arrays away."""
+        made = {name: whole[: self._filled[name]] for name, whole in self._whole.items()}
+        for name, parts in self._odd.items():
+            made[name] = _stacked(name, [part for part in parts if len(part)])
+        self._whole, self._odd = {}, {}
+        return made
+
+
+def _stacked(name: str, parts: Sequence[Array]) -> Array:
+    try:
+        return np.concatenate(parts)
+    except ValueError as error:
+        shapes = ", ".join(sorted({str(list(part.shape[1:])) for part in parts}))
+        raise MetricError(
+            f"output '{name}' differs in shape from sample to sample ({shapes}); a metric needs samples of one size"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
 """The techniques, in the order in which they are offered. A new one is a file here and a line below."""
 
 from lowrank_onnx.base import Pass
+from lowrank_onnx.passes.channel import Channel
 from lowrank_onnx.passes.feedforward import Feedforward
 from lowrank_onnx.passes.shared_input import SharedInput
+from lowrank_onnx.passes.spatial import Spatial
 from lowrank_onnx.passes.svd import SVD
+from lowrank_onnx.passes.tucker import Tucker
 
-PASSES: tuple[type[Pass], ...] = (SVD, SharedInput, Feedforward)
+PASSES: tuple[type[Pass], ...] = (SVD, SharedInput, Feedforward, Spatial, Channel, Tucker)
 
 __all__ = ["PASSES"]

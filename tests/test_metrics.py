@@ -400,14 +400,6 @@ def test_a_function_of_a_module_is_a_metric(
     assert resolve_metric("lowrank_test_metric:rows").score({"y": floats(4)}, {}) == 4
 
 
-def test_a_function_may_write_into_its_outputs(write: Callable[[str, str], str]) -> None:
-    y = floats(4, 3)
-    text = "def metric(outputs, data):\n    outputs['y'] -= 1\n    return outputs.pop('y').max()"
-    outputs = {"y": y.copy()}
-    assert resolve_metric(write("m.py", text) + ":metric").score(outputs, {}) == pytest.approx(y.max() - 1)
-    np.testing.assert_array_equal(outputs["y"], y)
-
-
 @pytest.mark.parametrize(
     ("value", "expected"), [("3", 3), ("np.float32(0.5)", 0.5), ("np.array(2.0)", 2), ("np.int64(-1)", -1)]
 )

@@ -6,6 +6,7 @@ A convolution is ``y = W x``: x (F,) the patch under the kernel, F = I · prod(k
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +54,11 @@ def gentle_solve(gram: Array, right: Array) -> Array:
     A shift of 1e-13 · max(diag) or the next that lets Cholesky through; with ``right`` a gradient, x is
     then a proximal step, which lowers a quadratic however singular the gram is.
     """
+    return gentle_inverse(gram)(right)
+
+
+def gentle_inverse(gram: Array) -> Callable[[Array], Array]:
+    """``gentle_solve`` for many right sides: the gram is factored once."""
     shift = 1e-13 * (float(gram.diagonal().max()) or 1.0)
     while True:
         shifted = gram.copy()
@@ -62,7 +68,7 @@ def gentle_solve(gram: Array, right: Array) -> Array:
         except np.linalg.LinAlgError:
             shift *= 100
             continue
-        return np.asarray(scipy.linalg.cho_solve(factor, right, check_finite=False))
+        return lambda right: np.asarray(scipy.linalg.cho_solve(factor, right, check_finite=False))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,6 +20,7 @@ import scipy.linalg
 from lowrank_onnx.decompositions.output_metric import (
     checked_rank,
     checked_weight,
+    gentle_inverse,
     gentle_solve,
     layer_output,
 )
@@ -174,6 +175,7 @@ def separable_als(
     cross: Array | None = None,
     energy: float | None = None,
     tolerance: float = 1e-4,
+    start: Separable | None = None,
 ) -> Separable:
     """Separable weight that reproduces the layer's output on data, by alternating least squares.
 
@@ -188,21 +190,27 @@ def separable_als(
             not the original ones; None: ``weight @ patch_gram``.
         energy: ``E|y - ȳ|²``, with ``cross``.
         tolerance: Stop when a sweep lowers the squared (ridged) error by less than this share.
+        start: Factors of that rank and those axes to improve; None looks for a start.
 
     Returns:
         Factors, the relative output error (without ridge), and its history. The ridged error never rises
-        from sweep to sweep, and it never exceeds that of ``separable`` at the same rank.
+        from sweep to sweep, and without ``start`` it never exceeds that of ``separable`` at the same rank.
 
-    The start is the better of two: the SVD whitened by the pooled covariance of the first factor's input, and
-    the plain SVD; each with its second factor refitted. First factors of more than ``DIRECT_UNKNOWNS`` numbers
-    are improved by preconditioned conjugate gradients from where they are, which lowers the error as well.
+    The start, where none is given, is the better of two: the SVD whitened by the pooled covariance of the first
+    factor's input, and the plain SVD; each with its second factor refitted. First factors of more than
+    ``DIRECT_UNKNOWNS`` numbers are improved by preconditioned conjugate gradients from where they are, which
+    lowers the error as well.
     """
     output = layer_output(weight, patch_gram, cross, energy)
     weight = checked_weight(weight)
     split = split_of(weight, axis)
     checked_rank(rank, full_rank(weight, axis), f"rank of a separable {weight.shape}")
     problem = _problem(split, *output.regularised(ridge))
-    a, h = problem.start(rank, split.pack(weight))
+    if start is None:
+        a, h = problem.start(rank, split.pack(weight))
+    else:
+        a, h = split.pack_factors(start.first, start.second)
+        h = problem.improve_second(a, h)
     squared = problem.squared_error(a, h)
 
     def output_error() -> float:
@@ -330,10 +338,8 @@ def _kronecker_inverse(pairs: Array, blocks: Array) -> Callable[[Array], Array]:
     if np.trace(left) < 0:
         left, right = -left, -right
 
-    def solve(residual: Array) -> Array:
-        return np.asarray(gentle_solve(left, gentle_solve(right, residual).T).T)
-
-    return solve
+    from_left, from_right = gentle_inverse(left), gentle_inverse(right)
+    return lambda residual: from_left(from_right(residual).T).T
 
 
 def _conjugate_gradients(

@@ -7,6 +7,7 @@ Attributes of a site:
     transposed: True for ConvTranspose.
     group, strides, dilations, pads, auto_pad, output_padding, output_shape: As the node has them, with the
         defaults of ONNX filled in; pads are begins then ends.
+    addends: By node, the name of the tensor that is its bias; empty without one.
 """
 
 from __future__ import annotations
@@ -61,9 +62,7 @@ def _geometry(node: NodeProto, dims: int) -> dict[str, Any]:
     }
 
 
-def _site(
-    model: Model, shapes: Shapes, group: list[tuple[Scope, NodeProto, Constant, dict[str, Any]]]
-) -> Site:
+def _site(model: Model, shapes: Shapes, group: list[tuple[Scope, NodeProto, Constant, dict[str, Any]]]) -> Site:
     _, first, constant, geometry = group[0]
     require_finite(constant.value, first.input[1], first.name)
     uses = tuple(_use(model, shapes, scope, node) for scope, node, _, _ in group)
@@ -79,7 +78,8 @@ def _site(
         parameters=constant.value.size,
         freed=freed_parameters(model, [constant], frozenset(use.node for use in uses)),
         macs=None if any(entry is None for entry in macs) else sum(entry for entry in macs if entry is not None),
-        attributes=geometry,
+        attributes=geometry
+        | {"addends": {node.name: node.input[2] if len(node.input) > 2 else "" for _, node, _, _ in group}},
     )
 
 

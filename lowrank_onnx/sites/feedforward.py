@@ -17,8 +17,43 @@ from lowrank_onnx.sites.shared_input import is_plain
 
 # Each works on every element by itself, whatever stands beside it.
 _ELEMENTWISE = frozenset(
-    "Abs Add BiasGelu Cast Celu Clip Div Dropout Elu Erf Exp FastGelu Gelu HardSigmoid HardSwish Identity LeakyRelu Log "
-    "Max Min Mish Mul Neg Pow QuickGelu Relu Selu Sigmoid Softplus Softsign Sqrt Sub Swish Tanh ThresholdedRelu".split()
+    [
+        "Abs",
+        "Add",
+        "BiasGelu",
+        "Cast",
+        "Celu",
+        "Clip",
+        "Div",
+        "Dropout",
+        "Elu",
+        "Erf",
+        "Exp",
+        "FastGelu",
+        "Gelu",
+        "HardSigmoid",
+        "HardSwish",
+        "Identity",
+        "LeakyRelu",
+        "Log",
+        "Max",
+        "Min",
+        "Mish",
+        "Mul",
+        "Neg",
+        "Pow",
+        "QuickGelu",
+        "Relu",
+        "Selu",
+        "Sigmoid",
+        "Softplus",
+        "Softsign",
+        "Sqrt",
+        "Sub",
+        "Swish",
+        "Tanh",
+        "ThresholdedRelu",
+    ]
 )
 
 

@@ -126,7 +126,8 @@ def _use(model: Model, shapes: Shapes, found: _Found) -> tuple[Use, dict[str, An
     node, scope = found.node, found.scope
     output = node.output[0]
     bias: Array | None = None
-    dynamic, also = "", ()
+    dynamic = ""
+    also: tuple[str, ...] = ()
     more: dict[str, Any] = {"op": node.op_type, "beta": 1.0, "addend": "", "bias_shape": (), "add": False}
     width = found.weight.shape[-1]
     axis = -1 if found.attributes["side"] == "right" else -2
@@ -197,4 +198,4 @@ def _vector(values: Array, width: int, axis: int) -> Array | None:
 def _macs(found: _Found, use: Use) -> int | None:
     if use.output_shape is None:
         return None
-    return math.prod(use.output_shape) * found.weight.shape[-2]
+    return int(math.prod(use.output_shape) * found.weight.shape[-2])

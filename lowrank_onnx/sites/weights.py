@@ -19,7 +19,7 @@ def attribute(node: NodeProto, name: str, default: int | float) -> int | float:
     """An int or float attribute of a node."""
     for entry in node.attribute:
         if entry.name == name:
-            return entry.f if isinstance(default, float) else entry.i
+            return float(entry.f) if isinstance(default, float) else int(entry.i)
     return default
 
 
@@ -35,7 +35,7 @@ def attribute_text(node: NodeProto, name: str, default: str) -> str:
     """An attribute of a node that is text."""
     for entry in node.attribute:
         if entry.name == name:
-            return entry.s.decode("utf-8", "replace")
+            return str(entry.s.decode("utf-8", "replace"))
     return default
 
 
@@ -59,9 +59,7 @@ def freed_parameters(model: Model, constants: Iterable[Constant], removed: froze
     scopes = {scope.path: scope for scope in model.scopes}
     roots = {root for constant in constants for root in constant.roots}
     return sum(
-        _stored_elements(scopes[path], name)
-        for path, name in roots
-        if _is_released(scopes[path], name, removed)
+        _stored_elements(scopes[path], name) for path, name in roots if _is_released(scopes[path], name, removed)
     )
 
 

@@ -1,0 +1,348 @@
+"""What the techniques for convolutions share: a chain of small convolutions fitted to the output on patches.
+
+A technique says which chain it makes of one group (``structure``) and how it fits one (``fit``); costs,
+errors, bias, groups, transposed convolutions, nodes and refits are the same for all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish, Replacement, Site
+from lowrank_onnx.chains import store
+from lowrank_onnx.conv_chains import (
+    Link,
+    blocks_of,
+    chain_macs,
+    chain_parameters,
+    convolution_chain,
+    multiply_out,
+    stored,
+)
+from lowrank_onnx.linalg import Array
+from lowrank_onnx.passes.svd import pooled
+from lowrank_onnx.patches import as_linear
+
+MOST_RANKS = 12  # of one site; between them the error hardly changes
+
+Form = tuple[int, ...]
+"""Which variant of a technique: the kernel axes that the first link of the chain covers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What one group's chain is fitted to, in float64; moments are centred where the bias may take the mean.
+
+    Attributes:
+        weight: (O, I, *kernel).
+        gram: (F, F) second moment of the patches delivered; None without data.
+        cross: (O, F) of the wanted output with them, and its ``energy``; None where it is the weight's own.
+        ridge: In units of the mean diagonal of ``gram``.
+        start: The chain so far, for a refit.
+    """
+
+    weight: Array
+    gram: Array | None
+    cross: Array | None
+    energy: float | None
+    ridge: float
+    start: tuple[Array, ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """The analysis of one site.
+
+    Attributes:
+        targets: One per group.
+        means: Per use (node): mean of the patches delivered (F,) and of the wanted output (O,); empty where the
+            bias stays.
+        energy: E|y|² without bias, which output errors are relative to; 0 without data.
+        form: The variant used at every rank.
+        fits: Chains found so far, by form and ranks; one array of blocks per link.
+    """
+
+    targets: tuple[Target, ...]
+    means: Mapping[str, tuple[Array, Array]]
+    energy: float
+    form: Form = ()
+    fits: dict[tuple[Form, tuple[int, ...]], tuple[Array, ...]] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(O, I, *kernel) of one group."""
+        return self.targets[0].weight.shape
+
+
+@dataclass(frozen=True)
+class ConvolutionPass(Pass):
+    """A chain of convolutions for one.
+
+    Options:
+        multiple: Channels between are divisible by this; 0 chooses 16, less for layers narrower than 32.
+        ridge: Pull towards the original weight, in units of the mean variance of the patch.
+        sweeps: Most rounds of alternating least squares.
+    """
+
+    kinds = ("convolution",)
+    multiple: int = 0
+    ridge: float = 0.001
+    sweeps: int = 6
+
+    def __post_init__(self) -> None:
+        if self.multiple < 0 or self.ridge < 0 or self.sweeps < 0:
+            raise ValueError("multiple, ridge and sweeps must not be negative")
+
+    # --- what a technique says -----------------------------------------------------------------------
+
+    @abstractmethod
+    def forms(self, shape: Sequence[int]) -> Sequence[Form]:
+        """The variants for a weight (O, I, *kernel) of one group; empty where the technique has none."""
+
+    @abstractmethod
+    def structure(self, shape: Sequence[int], form: Form, ranks: tuple[int, ...]) -> tuple[Link, ...]:
+        """The chain for one group."""
+
+    @abstractmethod
+    def fit(self, target: Target, form: Form, ranks: tuple[int, ...]) -> tuple[Array, ...]:
+        """The weights (outputs, inputs, *kernel) of the links for one group."""
+
+    @abstractmethod
+    def full(self, shape: Sequence[int], form: Form) -> tuple[int, ...]:
+        """The ranks at which any weight of one group is reproduced."""
+
+    @abstractmethod
+    def grid(self, shape: Sequence[int], form: Form, step: int) -> Sequence[tuple[int, ...]]:
+        """Every choice of ranks on the grid, rising in cost."""
+
+    no_form = "the kernel has one position on all axes but one"
+
+    # --- what all do ----------------------------------------------------------------------------------
+
+    def refuse(self, site: Site) -> str | None:
+        """See Pass.refuse."""
+        group = int(site.attributes["group"])
+        outputs, inputs = blocks_of(site.weight, group, site.attributes["transposed"]).shape[1:3]
+        if group > 1 and min(outputs, inputs) == 1:
+            return "depthwise: every channel is by itself, there is nothing to share between channels"
+        if site.attributes["output_shape"]:
+            return "its padding is given by output_shape, which depends on the size of the map"
+        if not site.weight.any():
+            return "weight is all zeros"
+        if not self.forms(self._shape(site)):
+            return f"{self.no_form}: {self.name} has nothing to split"
+        return None
+
+    def analyse(self, site: Site, moments: Mapping[str, Moments] | None) -> Layer:
+        """See Pass.analyse."""
+        layer = self._layer(site, moments, self.ridge)
+        forms = self.forms(layer.shape)
+        if len(forms) > 1:
+            errors = [self._error_at_half(site, layer, form) for form in forms]
+            forms = [forms[int(np.argmin(errors))]]
+        return dataclasses.replace(layer, form=tuple(forms[0]))
+
+    def ranks(self, site: Site, analysis: Layer) -> Sequence[tuple[int, ...]]:
+        """See Pass.ranks."""
+        return self._offered(site, analysis.shape, analysis.form)
+
+    def candidate(self, site: Site, analysis: Layer, ranks: tuple[int, ...]) -> Candidate:
+        """See Pass.candidate."""
+        links = self._links(site, analysis.form, ranks)
+        weight_error, output_error = self._errors(site, analysis, self._chain(analysis, analysis.form, ranks))
+        new = [analysis.means[use.node] for use in site.uses if use.bias is None and use.node in analysis.means]
+        return Candidate(
+            site=site.name,
+            technique=self.name,
+            ranks=ranks,
+            parameters=chain_parameters(links) + sum(len(wanted) for _, wanted in new),
+            macs=chain_macs(site, links),
+            nodes=(len(links) - 1) * len(site.uses),
+            weight_error=weight_error,
+            output_error=output_error,
+            options={"form": list(analysis.form)},
+        )
+
+    def factorize(self, site: Site, analysis: Layer, candidate: Candidate) -> Factors:
+        """See Pass.factorize."""
+        form = tuple(candidate.options["form"])
+        links = self._links(site, form, candidate.ranks)
+        chain = self._chain(analysis, form, candidate.ranks)
+        factors = {
+            link.role: store(stored(blocks, site.attributes["transposed"]), site)
+            for link, blocks in zip(links, chain, strict=True)
+        }
+        product = self._product(site, links, factors)
+        matrix = product.reshape(-1, product[0, 0].size).T
+        for use in site.uses if analysis.means else ():
+            delivered, wanted = analysis.means[use.node]
+            bias = 0.0 if use.bias is None else use.bias.astype(np.float64)
+            factors[f"bias:{use.node}"] = store(bias + wanted - delivered @ matrix, site)
+        return factors
+
+    def emit(self, site: Site, candidate: Candidate, factors: Factors) -> Sequence[Replacement]:
+        """See Pass.emit."""
+        links = self._links(site, tuple(candidate.options["form"]), candidate.ranks)
+        weights = [factors[link.role] for link in links]
+        return [convolution_chain(site, use, links, weights, factors.get(f"bias:{use.node}")) for use in site.uses]
+
+    def targets(self, site: Site) -> tuple[Site, ...]:
+        """See Pass.targets."""
+        plain = len(site.uses) == 1 and site.attributes["group"] == 1 and not site.attributes["transposed"]
+        return (site,) if plain else ()
+
+    def refit(self, site: Site, candidate: Candidate, factors: Factors, moments: Moments, ridge: float) -> Factors:
+        """See Pass.refit."""
+        form = tuple(candidate.options["form"])
+        layer = self._layer(site, {site.uses[0].input: moments}, ridge)
+        (target,) = layer.targets
+        so_far = tuple(
+            blocks_of(factors[link.role], link.shape[0], False).astype(np.float64)
+            for link in self._links(site, form, candidate.ranks)
+        )
+        warm = dataclasses.replace(target, start=tuple(blocks.reshape(-1, *blocks.shape[2:]) for blocks in so_far))
+        return self.factorize(site, dataclasses.replace(layer, targets=(warm,), form=form), candidate)
+
+    def effective(self, site: Site, candidate: Candidate, factors: Factors) -> tuple[Array, Array | None]:
+        """See Pass.effective."""
+        product = self._product(site, self._links(site, tuple(candidate.options["form"]), candidate.ranks), factors)
+        return product[0].reshape(product.shape[1], -1).T, factors.get(f"bias:{site.uses[0].node}")
+
+    def spell_rank(self, site: Site, analysis: Layer, wish: RankWish) -> tuple[int, ...] | str:
+        """See Pass.spell_rank."""
+        full = self.full(analysis.shape, analysis.form)
+        if wish.energy is None:
+            return tuple(wish.ranks(entry) for entry in full)
+        for ranks in self._offered(site, analysis.shape, analysis.form):
+            error = self.candidate(site, analysis, ranks).error
+            if 1 - error**2 >= wish.energy:
+                return ranks
+        return f"no rank on the grid of {self.name} below break-even keeps energy {wish.energy:g}"
+
+    def check_ranks(self, site: Site, ranks: tuple[int, ...]) -> str | None:
+        """See Pass.check_ranks."""
+        limits = [self.full(self._shape(site), form) for form in self.forms(self._shape(site))]
+        if any(len(ranks) == len(full) and _within(ranks, full) for full in limits):
+            return None
+        largest = " or ".join(str(list(full)) for full in dict.fromkeys(limits))
+        return f"expected {len(limits[0])} rank(s) from 1 to {largest}"
+
+    def dense_equivalent(self, site: Site, candidate: Candidate, factors: Factors) -> Mapping[str, Dense]:
+        """See Pass.dense_equivalent."""
+        product = self._product(site, self._links(site, tuple(candidate.options["form"]), candidate.ranks), factors)
+        biases = {use.node: factors[f"bias:{use.node}"] for use in site.uses if f"bias:{use.node}" in factors}
+        return {site.name: Dense(stored(product, site.attributes["transposed"]), biases)}
+
+    # --- algebra --------------------------------------------------------------------------------------
+
+    def _shape(self, site: Site) -> tuple[int, ...]:
+        return blocks_of(site.weight, site.attributes["group"], site.attributes["transposed"]).shape[1:]
+
+    def _links(self, site: Site, form: Form, ranks: tuple[int, ...]) -> tuple[Link, ...]:
+        """The chain for all groups together."""
+        group = int(site.attributes["group"])
+        return tuple(
+            dataclasses.replace(link, shape=(group * link.shape[0], *link.shape[1:]))
+            for link in self.structure(self._shape(site), form, ranks)
+        )
+
+    def _layer(self, site: Site, moments: Mapping[str, Moments] | None, ridge: float) -> Layer:
+        blocks = blocks_of(site.weight.astype(np.float64), site.attributes["group"], site.attributes["transposed"])
+        if moments is None:
+            return Layer(tuple(Target(block, None, None, None, ridge) for block in blocks), {}, 0.0)
+        flat = as_linear(site)
+        matrix = flat.weight.astype(np.float64)  # (F, O)
+        centred = not any(use.dynamic_bias for use in site.uses)
+        whole = pooled(flat, moments, centred=False)
+        seen = pooled(flat, moments, centred=True) if centred else whole
+        energy = whole.target_energy or float(np.einsum("kn,kn->", matrix, whole.gram @ matrix))
+        cross = None if seen.target_cross is None else seen.target_cross.T
+        means = {}
+        for use in site.uses if centred else ():
+            entry = moments[use.input]
+            means[use.node] = (entry.mean, entry.mean @ matrix if entry.target_mean is None else entry.target_mean)
+        target = Target(blocks[0], seen.gram, cross, None if cross is None else seen.target_energy, ridge)
+        return Layer((target,), means, energy)
+
+    def _chain(self, layer: Layer, form: Form, ranks: tuple[int, ...]) -> tuple[Array, ...]:
+        """The blocks of every link, over all groups; fitted once."""
+        key = (form, ranks)
+        if key not in layer.fits:
+            fitted = [self.fit(target, form, ranks) for target in layer.targets]
+            links = self.structure(layer.shape, form, ranks)
+            layer.fits[key] = tuple(
+                np.concatenate([weights[place].reshape(link.shape) for weights in fitted])
+                for place, link in enumerate(links)
+            )
+        return layer.fits[key]
+
+    def _product(self, site: Site, links: Sequence[Link], factors: Factors) -> Array:
+        """What the stored weights multiply out to, (groups, O, I, *kernel), in float64."""
+        transposed = site.attributes["transposed"]
+        return multiply_out(
+            [blocks_of(factors[link.role].astype(np.float64), link.shape[0], transposed) for link in links]
+        )
+
+    def _errors(self, site: Site, layer: Layer, chain: Sequence[Array]) -> tuple[float, float | None]:
+        """Relative errors of the weight and of the output."""
+        product = multiply_out(chain)
+        lost = norm = 0.0
+        for target, made in zip(layer.targets, product, strict=True):
+            lost += float(np.linalg.norm(target.weight - made) ** 2)
+            norm += float(np.linalg.norm(target.weight) ** 2)
+        (target, *others) = layer.targets
+        weight_error = float(np.sqrt(lost / norm)) if norm > 0 else 0.0
+        if target.gram is None or others:
+            return weight_error, None
+        residual = (target.weight - product[0]).reshape(len(target.weight), -1)
+        squared = float(np.vdot(residual @ target.gram, residual))
+        return weight_error, float(np.sqrt(max(squared, 0.0) / layer.energy)) if layer.energy > 0 else 0.0
+
+    def _offered(self, site: Site, shape: Sequence[int], form: Form) -> list[tuple[int, ...]]:
+        """Ranks on the grid that cost less than the layer, thinned to a few."""
+        full = self.full(shape, form)
+        step = self.multiple or channel_step(min(shape[:2]))
+        below = [
+            ranks for ranks in self.grid(shape, form, step) if _within(ranks, full) and self._pays(site, form, ranks)
+        ]
+        if len(below) <= MOST_RANKS:
+            return below
+        return [below[place] for place in np.unique(np.linspace(0, len(below) - 1, MOST_RANKS).round().astype(int))]
+
+    def _pays(self, site: Site, form: Form, ranks: tuple[int, ...]) -> bool:
+        links = self._links(site, form, ranks)
+        macs = chain_macs(site, links)
+        fewer = chain_parameters(links) < site.weight.size
+        return fewer and (macs is None or site.macs is None or macs < site.macs)
+
+    def _error_at_half(self, site: Site, layer: Layer, form: Form) -> float:
+        """The error where the chain costs half the layer, for a comparison of forms; between two ranks if need be."""
+        offered = self._offered(site, layer.shape, form) or [self.full(layer.shape, form)]
+        costs = [self._cost(site, form, ranks) for ranks in offered]
+        place = int(np.argmin(np.abs(np.array(costs) - 0.5)))
+        chain = self._chain(layer, form, offered[place])
+        weight_error, output_error = self._errors(site, layer, chain)
+        error = weight_error if output_error is None else output_error
+        # Squared error falls about exponentially with cost; two forms seldom meet at one cost.
+        return float(error * np.exp(costs[place] - 0.5))
+
+    def _cost(self, site: Site, form: Form, ranks: tuple[int, ...]) -> float:
+        links = self._links(site, form, ranks)
+        macs = chain_macs(site, links)
+        if macs is None or not site.macs:
+            return chain_parameters(links) / site.weight.size
+        return macs / site.macs
+
+
+def _within(ranks: Sequence[int], full: Sequence[int]) -> bool:
+    return all(1 <= rank <= most for rank, most in zip(ranks, full, strict=True))
+
+
+def channel_step(width: int) -> int:
+    """Step of the rank grid: the block of channels that kernels work on, where the layer is wide enough."""
+    return 16 if width >= 32 else 8 if width >= 16 else 4

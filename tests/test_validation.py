@@ -1,0 +1,90 @@
+"""Accuracy and speed side by side."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from lowrank_onnx.data import load_data
+from lowrank_onnx.errors import MetricError, ModelError
+from lowrank_onnx.linalg import Array
+from lowrank_onnx.metrics import Metric
+from lowrank_onnx.runtime import Runtime, input_specs, open_session
+from lowrank_onnx.validation import Collector, benchmark, compare
+
+RUNTIME = Runtime(threads=1)
+
+
+def scaled(factor: float, width: int = 4, repeats: int = 1) -> onnx.ModelProto:
+    weight = factor * np.eye(width, dtype=np.float32)
+    nodes = [
+        onnx.helper.make_node("MatMul", [f"x{place}" if place else "x", "w"], [f"x{place + 1}"])
+        for place in range(repeats)
+    ]
+    nodes.append(onnx.helper.make_node("Identity", [f"x{repeats}"], ["y"]))
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [value("x", 1, ["n", width])],
+        [value("y", 1, ["n", width])],
+        [onnx.numpy_helper.from_array(weight, "w")],
+    )
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_the_worst_figure_and_the_metric_of_both_models() -> None:
+    reference, candidate = (open_session(scaled(factor), RUNTIME) for factor in (1.0, 0.9))
+    x = np.random.default_rng(0).standard_normal((70, 4)).astype(np.float32)
+    data = load_data({"x": x, "target": x}, input_specs(reference))
+
+    def spoils_its_outputs(outputs: dict[str, Array], arrays: object) -> float:
+        value = float(np.abs(outputs["y"]).mean())
+        outputs["y"][:] = 0
+        return value
+
+    found = compare(reference, candidate, data, Metric("mean", spoils_its_outputs))
+    assert found.metric is not None
+    assert found.metric.before == pytest.approx(np.abs(x).mean(), rel=1e-5)
+    assert found.metric.after == pytest.approx(0.9 * np.abs(x).mean(), rel=1e-5)
+    assert found.metric.relative_drop == pytest.approx(0.1, rel=1e-4)
+    assert found.fidelity.sqnr_db == pytest.approx(20.0, abs=1e-3)
+    assert found.fidelity.max_abs_error == pytest.approx(0.1 * np.abs(x).max(), rel=1e-5)
+
+
+def test_outputs_are_joined_in_order_whatever_the_batches() -> None:
+    rows = np.arange(14.0).reshape(7, 2)
+    collector = Collector(7)
+    for start in range(0, 7, 3):
+        collector.add({"y": rows[start : start + 3], "s": np.float32(start)}, 3)
+    made = collector.take()
+    assert np.array_equal(made["y"], rows)
+    assert made["s"].tolist() == [0, 3, 6]
+
+
+def test_samples_of_several_sizes_are_refused_by_name() -> None:
+    collector = Collector(2)
+    collector.add({"y": np.zeros((1, 3))}, 1)
+    collector.add({"y": np.zeros((1, 4))}, 1)
+    with pytest.raises(MetricError, match=r"output 'y' differs in shape.*\[3\], \[4\]"):
+        collector.take()
+
+
+def test_models_with_other_outputs_are_not_compared() -> None:
+    other = scaled(1.0)
+    other.graph.node[-1].output[0] = other.graph.output[0].name = "z"
+    reference, candidate = open_session(scaled(1.0), RUNTIME), open_session(other, RUNTIME)
+    data = load_data({"x": np.ones((2, 4), np.float32)}, input_specs(reference))
+    with pytest.raises(ModelError, match="differ in their outputs: y and z"):
+        compare(reference, candidate, data)
+
+
+def test_the_slower_model_is_told_and_the_interval_holds_the_point() -> None:
+    sessions = [open_session(scaled(1.0, 256, repeats), RUNTIME) for repeats in (1, 8)]
+    feeds = {"x": np.ones((64, 256), np.float32)}
+    timing = benchmark(sessions, feeds, RUNTIME, seconds=0.5)
+    assert timing.latencies[0].runs == timing.latencies[1].runs >= 15
+    slow = timing.ratios[1]
+    assert slow.low <= slow.value <= slow.high < 1
+    assert timing.ratios[0].value == 1
