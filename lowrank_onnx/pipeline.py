@@ -32,7 +32,14 @@ from lowrank_onnx.probes import Curve, damage_of
 from lowrank_onnx.problem import Data, Problem, Source, open_model, pose
 from lowrank_onnx.proposals import Proposal, filter_sites, propose
 from lowrank_onnx.refine import refine as refine_factors
-from lowrank_onnx.reporting import benchmark_report, compress_report, environment, inspect_report, measure, validate_report
+from lowrank_onnx.reporting import (
+    benchmark_report,
+    compress_report,
+    environment,
+    inspect_report,
+    measure,
+    validate_report,
+)
 from lowrank_onnx.runtime import Runtime, input_specs, open_session
 from lowrank_onnx.search import reach_speedup, stay_within
 from lowrank_onnx.statistics import Progress, observe

@@ -24,6 +24,7 @@ from lowrank_onnx.conv_chains import (
     multiply_out,
     stored,
 )
+from lowrank_onnx.decompositions.output_metric import gentle_solve, layer_output
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.passes.svd import pooled
 from lowrank_onnx.patches import as_linear
@@ -337,6 +338,26 @@ class ConvolutionPass(Pass):
         if macs is None or not site.macs:
             return chain_parameters(links) / site.weight.size
         return macs / site.macs
+
+
+def refit_last(target: Target, chain: Sequence[Array]) -> tuple[Array, ...]:
+    """Least squares on the data for the last link, a 1 x 1; the others are kept.
+
+    Args:
+        target: With data.
+        chain: (outputs, inputs, *kernel) of every link, a depthwise one (channels, 1, *kernel).
+    """
+    assert target.gram is not None
+    output = layer_output(target.weight, target.gram, target.cross, target.energy)
+    wanted, metric = output.regularised(target.ridge)
+    *earlier, last = chain
+    blocks = [link[:, None] if link.shape[1] == 1 and place else link[None] for place, link in enumerate(earlier)]
+    filters = multiply_out(blocks)[0].reshape(last.shape[1], -1).T  # (F, r)
+    mapped = metric @ filters
+    gram = filters.T @ mapped
+    now = last.reshape(last.shape[:2])
+    step = gentle_solve((gram + gram.T) / 2, ((wanted - now @ filters.T) @ mapped).T).T
+    return (*earlier, (now + step).reshape(last.shape))
 
 
 def _within(ranks: Sequence[int], full: Sequence[int]) -> bool:

@@ -1,0 +1,151 @@
+"""What each step brings: the same budgets with one step after another switched on.
+
+    python benchmarks/ablation.py MODEL CALIBRATE EVALUATE --metric NAME --keep 0.7,0.5,0.3 \
+        --of-sites --pool attention_mask --shape input_ids=1,128 --shape attention_mask=1,128
+
+``--of-sites`` reads the budgets as shares of the layers that can change, not of the whole model.
+``--pool MASK`` compares the mean of the first output over the positions of a mask (sentence embeddings)
+with that of the original, by cosine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.table
+
+from lowrank_onnx.batches import batches
+from lowrank_onnx.budget import Damage, Selection, carry_out, meet_budget, with_factors
+from lowrank_onnx.building import Choice
+from lowrank_onnx.cache import Cache
+from lowrank_onnx.metrics import resolve_metric
+from lowrank_onnx.passes.feedforward import Feedforward
+from lowrank_onnx.passes.shared_input import SharedInput
+from lowrank_onnx.passes.svd import SVD
+from lowrank_onnx.probe_cache import cached_probe
+from lowrank_onnx.probes import damage_of
+from lowrank_onnx.problem import Problem, pose
+from lowrank_onnx.proposals import Proposal, propose
+from lowrank_onnx.refine import refine
+from lowrank_onnx.runtime import Runtime, open_session, run
+from lowrank_onnx.statistics import observe
+from lowrank_onnx.validation import benchmark, compare
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("calibrate")
+    parser.add_argument("evaluate")
+    parser.add_argument("--metric")
+    parser.add_argument("--keep", default="0.7,0.5,0.3")
+    parser.add_argument("--of-sites", action="store_true")
+    parser.add_argument("--pool")
+    parser.add_argument("--shape", action="append", default=[])
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--steps", default="", help="names of steps to run, separated by commas; all if empty")
+    options = parser.parse_args()
+    runtime = Runtime(threads=options.threads)
+    problem = pose(options.model, runtime, options.calibrate, options.evaluate, options.metric)
+    timed = pose(options.model, runtime, options.calibrate, options.evaluate, None, options.shape)
+    assert problem.calibrate is not None and timed.feeds is not None
+    linear = [site for site in problem.sites if site.kind in ("linear", "shared_input", "feedforward")]
+    moments = observe(problem.model, linear, problem.calibrate, runtime)
+    mine = sum(site.macs or 0 for site in linear if not site.parts)
+    whole = problem.cost.macs or 1
+    table = rich.table.Table("step", "keep", "MACs", "metric", "drop", "cosine", "pooled", "speed-up")
+    reference = _pooled(problem, problem.session, options.pool)
+    for name, decide in _steps(problem, linear, moments):
+        if options.steps and name not in options.steps.split(","):
+            continue
+        for keep in map(float, options.keep.split(",")):
+            share = (whole - (1 - keep) * mine) / whole if options.of_sites else keep
+            selection = decide(share)
+            session = open_session(selection.built.proto, runtime)
+            metric = resolve_metric(options.metric) if options.metric else None
+            assert problem.evaluate is not None
+            accuracy = compare(problem.session, session, problem.evaluate, metric)
+            ratio = benchmark([problem.session, session], timed.feeds.values, runtime, seconds=5).ratios[1]
+            pooled = _pooled(problem, session, options.pool)
+            cells = [
+                name,
+                f"{keep:g}",
+                f"{(selection.cost.macs or 0) / whole:.3f}",
+                "" if accuracy.metric is None else f"{accuracy.metric.after:.4f}",
+                "" if accuracy.metric is None else f"{100 * accuracy.metric.relative_drop:.2f} %",
+                f"{accuracy.fidelity.cosine:.4f}",
+                "" if pooled is None or reference is None else f"{float((pooled * reference).sum(1).mean()):.4f}",
+                f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})",
+            ]
+            print("| " + " | ".join(cells) + " |", flush=True)
+            table.add_row(*cells)
+    rich.console.Console(file=sys.stderr, width=120).print(table)
+
+
+def _steps(
+    problem: Problem, sites: Sequence[Any], moments: Mapping[str, Any]
+) -> list[tuple[str, Callable[[float], Selection]]]:
+    """The steps, each a function from the share to keep to a model."""
+
+    def offered(*passes: Any, data: bool = True) -> list[Proposal]:
+        return propose(sites, list(passes), moments if data else {}, None, 1)[0]
+
+    def budget(proposals: list[Proposal], damage: Damage) -> Callable[[float], Selection]:
+        return lambda share: meet_budget(problem, proposals, damage, "keep_macs", share)
+
+    def probed(proposals: list[Proposal]) -> Damage:
+        return damage_of(proposals, cached_probe(problem, proposals, None, Cache(None), None))
+
+    blind, single = offered(SVD(), data=False), offered(SVD())
+    wide, every = offered(SVD(), Feedforward()), offered(SVD(), SharedInput(), Feedforward())
+    best = budget(every, probed(every))
+
+    def refined(share: float) -> Selection:
+        selection = best(share)
+        made = refine(problem, selection.choices, selection.built.factors, None, None)
+        return with_factors(problem, made.choices, made.factors, made.notes)
+
+    return [
+        ("uniform, weight only", lambda share: _uniform(problem, blind, share)),
+        ("uniform", lambda share: _uniform(problem, single, share)),
+        ("local error", budget(single, damage_of(single, {}))),
+        ("probed", budget(single, probed(single))),
+        ("+ feedforward", budget(wide, probed(wide))),
+        ("+ shared_input", best),
+        ("+ refine", refined),
+    ]
+
+
+def _uniform(problem: Problem, proposals: Sequence[Proposal], share: float) -> Selection:
+    """The same share of break-even at every layer, the largest that fits."""
+    whole = problem.cost.macs or 1
+    for part in np.linspace(1, 0, 101):
+        choices = [
+            Choice(entry, entry.candidates[max(round(part * len(entry.candidates)) - 1, 0)]) for entry in proposals
+        ]
+        saved = sum((entry.proposal.site.macs or 0) - (entry.candidate.macs or 0) for entry in choices)
+        if whole - saved <= share * whole:
+            return carry_out(problem, choices)
+    raise SystemExit(f"no uniform rank keeps only {share:.2f}")
+
+
+def _pooled(problem: Problem, session: Any, mask: str | None) -> np.ndarray[Any, Any] | None:
+    if mask is None or problem.evaluate is None:
+        return None
+    rows = []
+    for indices in batches(len(problem.evaluate), 32):
+        feeds = problem.evaluate.batch(indices)
+        hidden = next(iter(run(session, feeds).values()))
+        keep = feeds[mask][..., None].astype(np.float32)
+        rows.append((hidden * keep).sum(1) / keep.sum(1))
+    vectors = np.concatenate(rows)
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+
+
+if __name__ == "__main__":
+    main()
