@@ -35,7 +35,8 @@ def main() -> None:
         speed = f"{ratio['speedup']:.2f} ({ratio['speedup_low']:.2f} to {ratio['speedup_high']:.2f})"
         print(
             f"| {folder.name} | {first['seconds']['total']:.0f} | {warm['seconds']['total']:.0f} | "
-            f"{first['peak_rss_bytes'] / 1e9:.2f} | {ratio['macs']:.3f} | {speed} | {first['fidelity']['cosine']:.4f} |",
+            f"{first['peak_rss_bytes'] / 1e9:.2f} | {ratio['macs']:.3f} | {speed} | "
+            f"{first['fidelity']['cosine']:.4f} |",
             flush=True,
         )
 

@@ -146,9 +146,7 @@ def _combined(group: Sequence[Option]) -> list[Option]:
         combined: list[Option] = [_dense()]
         for cover in mask:
             following = [
-                Option(
-                    _Bundle((*_parts(a), *_parts(b))), a.covers | b.covers, a.saving + b.saving, a.damage + b.damage
-                )
+                Option(_Bundle((*_parts(a), *_parts(b))), a.covers | b.covers, a.saving + b.saving, a.damage + b.damage)
                 for a, b in product(combined, _pareto(by_cover[cover]))
             ]
             combined = _thin(_pareto(following))

@@ -247,9 +247,7 @@ class Pass(ABC):
         """The linear sites whose outputs a refit aims at; they read one tensor. Empty: no refit."""
 
     @abstractmethod
-    def refit(
-        self, site: Site, candidate: Candidate, factors: Factors, moments: Moments, ridge: float
-    ) -> Factors:
+    def refit(self, site: Site, candidate: Candidate, factors: Factors, moments: Moments, ridge: float) -> Factors:
         """Fit the factors anew, at the same ranks, to what the rewritten graph delivers.
 
         Args:

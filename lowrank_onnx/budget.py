@@ -89,9 +89,7 @@ def options_for(
     return options
 
 
-def meet_budget(
-    problem: Problem, proposals: Sequence[Proposal], damage: Damage, kind: str, wish: float
-) -> Selection:
+def meet_budget(problem: Problem, proposals: Sequence[Proposal], damage: Damage, kind: str, wish: float) -> Selection:
     """Choose ranks so that the finished model keeps at most ``wish`` of a cost.
 
     The allocation works with the costs of the parts; the finished model is counted, and whatever is still
@@ -126,6 +124,4 @@ def reasons_for_kept(
 ) -> dict[str, str]:
     """A reason for every site that no choice covers."""
     covered = {name for choice in selection for name in choice.proposal.site.covers}
-    return {
-        site.name: given.get(site.name, default) for site in sites if site.name not in covered and not site.parts
-    }
+    return {site.name: given.get(site.name, default) for site in sites if site.name not in covered and not site.parts}

@@ -375,7 +375,7 @@ def _fail(message: str, status: int) -> NoReturn:
 def _finish(result: pipeline.Result, out: Path, report: Path | None, json_file: Path | None) -> None:
     with _together(report, json_file):
         _write(result.report, report, json_file)
-        save(result.model, out, result.folder)
+        save(result.model, out, result.source.folder)
     render_terminal(result.report, _console())
     click.echo(f"wrote {out}")
 

@@ -65,6 +65,26 @@ def _compose(first: Array, second: Array) -> Array:
     return np.moveaxis(product, (-3, -2, -1), (0, 1, 2))
 
 
+def balanced_chain(chain: Sequence[Array]) -> list[Array]:
+    """Share the scale of every channel between evenly, so that half precision does not overflow.
+
+    Args:
+        chain: Blocks from the input on; a depthwise link is left as it is.
+    """
+    made = list(chain)
+    for place in range(len(made) - 1):
+        first, second = made[place], made[place + 1]
+        if len(first) != len(second):
+            continue
+        into = np.linalg.norm(np.moveaxis(first, 1, 0).reshape(first.shape[1], -1), axis=1)
+        out = np.linalg.norm(np.moveaxis(second, 2, 0).reshape(second.shape[2], -1), axis=1)
+        scale = np.sqrt(np.divide(out, into, out=np.ones_like(out), where=(into > 0) & (out > 0)))
+        trail = (1,) * (first.ndim - 3)
+        made[place] = first * scale.reshape(1, -1, 1, *trail)
+        made[place + 1] = second / scale.reshape(1, 1, -1, *trail)
+    return made
+
+
 def chain_parameters(links: Sequence[Link]) -> int:
     """Elements of all weights."""
     return sum(math.prod(link.shape) for link in links)

@@ -76,8 +76,10 @@ def reference_points(problem: Problem) -> tuple[list[dict[str, Any]], list[str]]
         if problem.feeds is not None:
             timing = benchmark([problem.session, session], problem.feeds.values, problem.runtime, problem.seed)
         size = saved_size(proto)
-        shapes = {} if problem.feeds is None else measure_shapes(
-            Model(proto, None, "", "", size), problem.feeds.values, problem.runtime
+        shapes = (
+            {}
+            if problem.feeds is None
+            else measure_shapes(Model(proto, None, "", "", size), problem.feeds.values, problem.runtime)
         )
         cost = model_cost(Model(proto, None, "", "", size), shapes, size)
         # int8 weights are no floating-point elements, but they are parameters all the same.

@@ -19,17 +19,16 @@ from lowrank_onnx.base import Candidate, Moments, Pass, Plan, Site, configure
 from lowrank_onnx.budget import Damage, Selection, carry_out, meet_budget, reasons_for_kept, saving, with_factors
 from lowrank_onnx.building import Choice
 from lowrank_onnx.cache import open_cache
-from lowrank_onnx.data import load_data
 from lowrank_onnx.errors import LowRankError, PlanError, TargetError
 from lowrank_onnx.feeds import choose_feeds, read_shapes
 from lowrank_onnx.frontiers import FRONTIER_FILES, frontier_point, reference_points, write_frontier
 from lowrank_onnx.latency import latency_saving, measure_latencies
-from lowrank_onnx.model import check_output, save
+from lowrank_onnx.model import Model, check_output, save
 from lowrank_onnx.passes import PASSES
-from lowrank_onnx.plans import check_model, chosen_rows, plan_to_dict, read_plan
+from lowrank_onnx.plans import check_model, check_plan, chosen_rows, plan_to_dict, read_plan
 from lowrank_onnx.probe_cache import cached_probe
 from lowrank_onnx.probes import Curve, damage_of
-from lowrank_onnx.problem import Data, Problem, Source, open_model, pose
+from lowrank_onnx.problem import Data, Problem, Source, open_model, pose, read_data
 from lowrank_onnx.proposals import Proposal, filter_sites, propose
 from lowrank_onnx.refine import refine as refine_factors
 from lowrank_onnx.reporting import (
@@ -58,13 +57,13 @@ class Result:
         model: The rewritten model.
         plan: The plan, as JSON has it.
         report: The report, schema 1.
-        folder: Where external data of the model lie; None without any.
+        source: The original.
     """
 
     model: ModelProto
     plan: dict[str, Any]
     report: dict[str, Any]
-    folder: Path | None = field(default=None, repr=False)
+    source: Model = field(repr=False)
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write the model, completely or not at all.
@@ -72,8 +71,8 @@ class Result:
         Raises:
             ModelError: The path cannot be written, or exists without ``overwrite``.
         """
-        out = check_output(path, None, overwrite, "path")
-        save(self.model, out, self.folder)
+        out = check_output(path, self.source, overwrite, "path")
+        save(self.model, out, self.source.folder, overwrite)
         return out
 
 
@@ -178,6 +177,8 @@ def _decide(
     with clock.step("propose"):
         proposals, refusals = propose(sites, settings.passes(), statistics, target.rank, settings.jobs)
     reasons |= refusals
+    if not proposals and target.rank is not None and target.rank.selector is not None:
+        raise LowRankError(f"--rank '{target.text}' is no selector of the techniques in use ({_summary(reasons)})")
     if not proposals:
         raise TargetError(f"{target.option} cannot be met: no layer can be factorized ({_summary(reasons)})")
     damage = _probed(problem, target, settings, proposals, clock, progress)
@@ -354,7 +355,7 @@ def _finish(
         measured = measure(problem, selection, progress)
     content = plan_to_dict(_as_plan(problem, target, settings, planned), problem.sites)
     report = compress_report(problem, target, planned, measured, clock.total())
-    return Result(selection.built.proto, content, report, problem.model.folder)
+    return Result(selection.built.proto, content, report, problem.model)
 
 
 def _as_plan(problem: Problem, target: Target, settings: Settings, planned: Planned) -> Plan:
@@ -363,12 +364,11 @@ def _as_plan(problem: Problem, target: Target, settings: Settings, planned: Plan
         "target": target.as_dict(),
         "calibrate": None if data is None else {"source": data.source, "sha256": data.sha256},
         "mask": settings.mask,
-        "techniques": sorted({choice.proposal.technique for choice in planned.selection.choices}, key=repr),
+        "techniques": sorted({_spelled(choice.proposal.technique) for choice in planned.selection.choices}),
         "provider": problem.runtime.provider,
         "seed": problem.seed,
         "refine": settings.refine,
     }
-    setting["techniques"] = [_spelled(entry) for entry in setting["techniques"]]
     choices = tuple(choice.candidate for choice in planned.selection.choices)
     return Plan(problem.model.digest, choices, planned.refusals, setting)
 
@@ -406,16 +406,19 @@ def apply(
         PlanError: The plan does not fit the model, or its calibration data are missing or others.
     """
     clock = Clock()
-    content = read_plan(plan) if isinstance(plan, str | Path) else plan
+    content = read_plan(plan) if isinstance(plan, str | Path) else check_plan(plan, "the plan")
     setting = content["setting"]
     opened = open_model(model)
     check_model(content, opened.digest)
     source = setting.get("calibrate")
     if calibrate is None and source is not None:
         calibrate = source["source"]
-        if not Path(calibrate).exists() and ":" not in calibrate:
-            raise PlanError(f"the plan needs its calibration data '{calibrate}', which are missing; give --calibrate")
-    settings = Settings(tuple(setting.get("techniques", ())), mask=setting.get("mask"), jobs=jobs, refine=bool(setting.get("refine", True)))
+        if not Path(source["source"]).exists() and ":" not in source["source"]:
+            raise PlanError(
+                f"the plan needs its calibration data '{source['source']}', which are missing; give --calibrate"
+            )
+    techniques, refining = tuple(setting.get("techniques", ())), bool(setting.get("refine", True))
+    settings = Settings(techniques, mask=setting.get("mask"), jobs=jobs, refine=refining)
     with clock.step("load"):
         runtime = Runtime(setting.get("provider", "cpu"), threads)
         problem = pose(opened, runtime, calibrate, evaluate, metric, shape, int(setting.get("seed", 0)))
@@ -526,7 +529,7 @@ def benchmark(
     feeds = []
     for session in sessions:
         specs = input_specs(session)
-        data = None if evaluate is None else load_data(evaluate, specs, "--evaluate")
+        data = read_data(evaluate, specs, "--evaluate")
         feeds.append(choose_feeds(specs, read_shapes(shape, specs), data, seed).values)
     timing = time_models(sessions, feeds, runtime, seed, seconds, 1000)
     return benchmark_report(opened, feeds, timing, runtime)

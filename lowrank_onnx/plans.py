@@ -67,10 +67,19 @@ def read_plan(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise PlanError(f"plan '{file}' cannot be read: {error.strerror}") from error
     except (UnicodeDecodeError, ValueError) as error:
         raise PlanError(f"plan '{file}' is not JSON: {error}; make one with lowrank-onnx plan") from error
+    return check_plan(content, f"'{file}'")
+
+
+def check_plan(content: Any, what: str) -> dict[str, Any]:
+    """Return the content if it has the form of a plan.
+
+    Raises:
+        PlanError: It has not.
+    """
     if not isinstance(content, dict) or content.get("lowrank_onnx_plan") != FORMAT:
-        raise PlanError(f"'{file}' is no plan of format {FORMAT}; make one with lowrank-onnx plan")
+        raise PlanError(f"{what} is no plan of format {FORMAT}; make one with lowrank-onnx plan")
     if not isinstance(content.get("sites"), list) or not isinstance(content.get("setting"), dict):
-        raise PlanError(f"plan '{file}' lacks its 'sites' or its 'setting'; make one with lowrank-onnx plan")
+        raise PlanError(f"{what} lacks its 'sites' or its 'setting'; make one with lowrank-onnx plan")
     return content
 
 

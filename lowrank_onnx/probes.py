@@ -30,6 +30,7 @@ from lowrank_onnx.validation import safe_batch
 SAMPLES = 40
 PROBES = 3
 _FEWEST_SAMPLES = 4
+_MOST_SAMPLES = 256
 _PROBE_MACS = 2e12  # about a minute's work
 
 
@@ -147,10 +148,12 @@ def _followed(proposals: Sequence[Proposal], places: Sequence[int]) -> dict[int,
 
 
 def _samples(proposals: Sequence[Proposal], todo: Sequence[int]) -> int:
-    """How many samples to probe with: fewer where convolutions make a run expensive, as large maps say much."""
+    """How many samples to probe with; of convolutions as many as a minute allows, for large maps a few say much."""
     macs = sum(proposals[place].site.macs or 0 for place in todo if proposals[place].site.kind == "convolution")
-    runs = PROBES * len(todo) / 2  # half of the model lies behind a layer
-    return int(np.clip(_PROBE_MACS / max(macs * runs, 1), _FEWEST_SAMPLES, SAMPLES))
+    if macs == 0:
+        return SAMPLES
+    runs = (PROBES + 1) * len(todo) / 2  # half of the model lies behind a layer
+    return int(np.clip(_PROBE_MACS / (macs * runs), _FEWEST_SAMPLES, _MOST_SAMPLES))
 
 
 def _parts(site: Site) -> tuple[Site, ...]:

@@ -11,7 +11,7 @@ import onnx
 
 from lowrank_onnx.base import Site
 from lowrank_onnx.cost import Cost, model_cost
-from lowrank_onnx.data import Dataset, load_data
+from lowrank_onnx.data import Dataset, InputSpec, load_data
 from lowrank_onnx.errors import DataError, MetricError, ModelError
 from lowrank_onnx.feeds import Feeds, choose_feeds, read_shapes
 from lowrank_onnx.metrics import Metric, resolve_metric
@@ -80,6 +80,11 @@ def open_model(source: Source) -> Model:
     return from_proto(source) if isinstance(source, onnx.ModelProto) else load(source)
 
 
+def read_data(source: Data | None, specs: Sequence[InputSpec], option: str) -> Dataset | None:
+    """Load data, unless there are none or they are loaded already."""
+    return source if source is None or isinstance(source, Dataset) else load_data(source, specs, option)
+
+
 def pose(
     source: Source,
     runtime: Runtime,
@@ -99,7 +104,7 @@ def pose(
     specs = input_specs(session)
     chosen = resolve_metric(metric) if isinstance(metric, str) else metric
     data = {
-        option: entry if entry is None or isinstance(entry, Dataset) else load_data(entry, specs, option)
+        option: read_data(entry, specs, option)
         for option, entry in (("--calibrate", calibrate), ("--evaluate", evaluate))
     }
     if chosen is not None and data["--evaluate"] is None and data["--calibrate"] is None:

@@ -92,9 +92,7 @@ def propose(
     return proposals, reasons
 
 
-def _propose(
-    site: Site, technique: Pass, moments: Mapping[str, Any] | None, wish: RankWish | None
-) -> Proposal | str:
+def _propose(site: Site, technique: Pass, moments: Mapping[str, Any] | None, wish: RankWish | None) -> Proposal | str:
     if technique.needs_data and moments is None:
         return f"{technique.name} needs calibration data at this site"
     try:

@@ -95,7 +95,7 @@ def refine(
     unchanged = Refined(tuple(choices), factors, {})
     data = problem.calibrate
     places = [place for place, choice in enumerate(choices) if _is_refittable(choice)]
-    if data is None or len(data) < _FEWEST or not places:
+    if data is None or not places or len(data) < _fewest([choices[place] for place in places]):
         return unchanged
     train, held = _split(problem, [choices[place] for place in places], data)
     size = min(safe_batch(problem.session, data), 16)
@@ -137,6 +137,11 @@ def refine(
     return Refined(tuple(fresh), made, notes)
 
 
+def _fewest(choices: Sequence[Choice]) -> int:
+    """Samples needed: of a convolution each one has thousands of positions, and one can be held out of two."""
+    return 2 if all(choice.proposal.site.kind == "convolution" for choice in choices) else _FEWEST
+
+
 def _is_refittable(choice: Choice) -> bool:
     site = choice.proposal.site
     return bool(_targets(choice)) and all(not use.scope for use in site.uses)
@@ -150,7 +155,7 @@ def _targets(choice: Choice) -> tuple[Site, ...]:
 def _split(problem: Problem, choices: Sequence[Choice], data: Dataset) -> tuple[list[int], list[int]]:
     """Draw the samples used, as many as memory allows, and hold some of them out."""
     widest = max(4 * int(np.prod(part.uses[0].input_shape or (1,))) for choice in choices for part in _targets(choice))
-    count = int(np.clip(_LIVE_BYTES // (2 * widest), _FEWEST, len(data)))
+    count = int(np.clip(_LIVE_BYTES // (2 * widest), min(_FEWEST, len(data)), len(data)))
     picked = np.random.default_rng(problem.seed).permutation(len(data))[:count]
     held = max(int(HELD_OUT * count), 1)
     return sorted(picked[held:].tolist()), sorted(picked[:held].tolist())

@@ -45,9 +45,7 @@ def measure(problem: Problem, selection: Selection, progress: Progress | None) -
     Raises:
         ModelError: The rewritten model does not run; nothing is written then.
     """
-    candidate = open_session(
-        selection.built.proto, problem.runtime, problem.model.folder, what="the rewritten model"
-    )
+    candidate = open_session(selection.built.proto, problem.runtime, problem.model.folder, what="the rewritten model")
     data = problem.judged_on
     accuracy = None if data is None else compare(problem.session, candidate, data, problem.metric, progress)
     timing = None

@@ -182,7 +182,7 @@ def _confirmed(
             ratio = _speed(problem, best, 2 * _SECONDS)
             if ratio.low > 1:
                 return best
-            told = f"the best within it is no faster ({ratio.value:.2f}, 95 % interval {ratio.low:.2f} to {ratio.high:.2f})"
+            told = f"the best within it is {ratio.value:.2f} times as fast ({ratio.low:.2f} to {ratio.high:.2f})"
         else:
             told = f"{drop:.4f} is the least drop measured on the evaluation data"
         share *= 0.6

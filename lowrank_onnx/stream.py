@@ -29,7 +29,12 @@ class Stream:
     """
 
     def __init__(
-        self, proto: ModelProto, dataset: Dataset, batches: Sequence[Sequence[int]], runtime: Runtime, folder: Path | None
+        self,
+        proto: ModelProto,
+        dataset: Dataset,
+        batches: Sequence[Sequence[int]],
+        runtime: Runtime,
+        folder: Path | None,
     ) -> None:
         self._runtime, self._folder, self._proto = runtime, folder, proto
         self._initializers = {tensor.name: tensor for tensor in proto.graph.initializer}
@@ -143,9 +148,7 @@ class Stream:
         return open_session(model, self._runtime, self._folder, what="a piece of the model"), inputs
 
 
-def levels(
-    stream: Stream, items: Sequence[tuple[int, tuple[Site, ...]]]
-) -> list[list[tuple[int, tuple[Site, ...]]]]:
+def levels(stream: Stream, items: Sequence[tuple[int, tuple[Site, ...]]]) -> list[list[tuple[int, tuple[Site, ...]]]]:
     """Group numbered sites so that no input in a group depends on an output of the same or a later group."""
     outputs = {part.name: part.uses[0].output for _, members in items for part in members}
     above = {

@@ -17,6 +17,7 @@ from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish
 from lowrank_onnx.chains import store
 from lowrank_onnx.conv_chains import (
     Link,
+    balanced_chain,
     blocks_of,
     chain_macs,
     chain_parameters,
@@ -25,7 +26,7 @@ from lowrank_onnx.conv_chains import (
     stored,
 )
 from lowrank_onnx.decompositions.output_metric import gentle_solve, layer_output
-from lowrank_onnx.linalg import Array
+from lowrank_onnx.linalg import Array, psd_root, right_basis
 from lowrank_onnx.passes.svd import pooled
 from lowrank_onnx.patches import as_linear
 
@@ -45,6 +46,7 @@ class Target:
         cross: (O, F) of the wanted output with them, and its ``energy``; None where it is the weight's own.
         ridge: In units of the mean diagonal of ``gram``.
         start: The chain so far, for a refit.
+        memo: What a technique found that holds for every rank.
     """
 
     weight: Array
@@ -53,6 +55,7 @@ class Target:
     energy: float | None
     ridge: float
     start: tuple[Array, ...] | None = None
+    memo: dict[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +176,9 @@ class ConvolutionPass(Pass):
         """See Pass.factorize."""
         form = tuple(candidate.options["form"])
         links = self._links(site, form, candidate.ranks)
-        chain = self._chain(analysis, form, candidate.ranks)
+        chain: Sequence[Array] = self._chain(analysis, form, candidate.ranks)
+        if site.weight.dtype == np.float16:
+            chain = balanced_chain(chain)
         factors = {
             link.role: store(stored(blocks, site.attributes["transposed"]), site)
             for link, blocks in zip(links, chain, strict=True)
@@ -338,6 +343,15 @@ class ConvolutionPass(Pass):
         if macs is None or not site.macs:
             return chain_parameters(links) / site.weight.size
         return macs / site.macs
+
+
+def output_basis(target: Target) -> tuple[Array, Array]:
+    """The weight (O, F) to truncate, and the directions (O, q) of its output on the data, most important first."""
+    assert target.gram is not None
+    if not target.memo:
+        wanted, metric = layer_output(target.weight, target.gram, target.cross, target.energy).regularised(target.ridge)
+        target.memo["wanted"], target.memo["basis"] = wanted, right_basis(psd_root(metric), wanted.T)[1]
+    return target.memo["wanted"], target.memo["basis"]
 
 
 def refit_last(target: Target, chain: Sequence[Array]) -> tuple[Array, ...]:

@@ -67,7 +67,8 @@ class Feedforward(Pass):
         return Units(order_units(weight, centred, self.ridge, self._step(site), energy), entry.gram, entry.mean)
 
     def _step(self, site: Site) -> int:
-        return self.multiple or grid_step(site.weight.shape[0])
+        width = site.weight.shape[0]
+        return self.multiple or (32 if width >= 1024 else grid_step(width))
 
     def ranks(self, site: Site, analysis: Units) -> Sequence[tuple[int, ...]]:
         """See Pass.ranks."""
@@ -90,7 +91,7 @@ class Feedforward(Pass):
             macs=None if site.macs is None else site.macs // width * units,
             nodes=0,
             weight_error=None,
-            output_error=analysis.order.output.relative(units),
+            output_error=analysis.order.relative(units),
         )
 
     def factorize(self, site: Site, analysis: Units, candidate: Candidate) -> Factors:
@@ -112,9 +113,7 @@ class Feedforward(Pass):
             replacements.append(linear_chain(part, use, [(f"{part.name}/units", part.weight[:, chosen])], bias))
         last = site.attributes["out"]
         made = linear_chain(last, last.uses[0], [(f"{last.name}/units", factors["out"])], factors["bias"])
-        between = tuple(site.attributes["between"]) + tuple(
-            part.uses[0].raw_output for part in site.attributes["into"]
-        )
+        between = tuple(site.attributes["between"]) + tuple(part.uses[0].raw_output for part in site.attributes["into"])
         return [*replacements, dataclasses.replace(made, reshaped=between)]
 
     def targets(self, site: Site) -> tuple[Site, ...]:

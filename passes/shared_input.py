@@ -128,7 +128,7 @@ class SharedInput(Pass):
         shared = gs.Variable(f"{site.name}/shared")
         first = gs.Constant(f"{site.name}/first", factors["first"])
         node = gs.Node("MatMul", f"{site.name}/factor0", {}, [gs.Variable(site.uses[0].input), first], [shared])
-        replacements = []
+        replacements: list[Replacement] = []
         for part, place in zip(site.attributes["parts"], _places(site), strict=True):
             use = dataclasses.replace(part.uses[0], input=shared.name)
             bias = factors["bias"][place] if "bias" in factors else None
@@ -170,8 +170,9 @@ class SharedInput(Pass):
 
 def _places(site: Site) -> list[slice]:
     """Where the outputs of each part lie in the joint weight."""
-    ends = np.cumsum([part.weight.shape[1] for part in site.attributes["parts"]])
-    return [slice(int(end) - part.weight.shape[1], int(end)) for end, part in zip(ends, site.attributes["parts"], strict=True)]
+    widths = [part.weight.shape[1] for part in site.attributes["parts"]]
+    ends = np.cumsum(widths)
+    return [slice(int(end) - width, int(end)) for end, width in zip(ends, widths, strict=True)]
 
 
 def _scales(site: Site, energy: Array) -> Array:

@@ -15,7 +15,9 @@ from itertools import combinations
 from lowrank_onnx.conv_chains import Link
 from lowrank_onnx.decompositions.separable import Separable, separable, separable_als
 from lowrank_onnx.linalg import Array
-from lowrank_onnx.passes.convolution import ConvolutionPass, Form, Target
+from lowrank_onnx.passes.convolution import ConvolutionPass, Form, Target, output_basis
+
+_WIDE = 1536  # numbers of a patch; beyond, a sweep takes seconds and the first ones do nearly all
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,24 @@ class Spatial(ConvolutionPass):
         (rank,) = ranks
         if target.gram is None:
             made = separable(target.weight, rank, form)
-        else:
-            closed = len(form) == target.weight.ndim - 2  # then the start is the optimum
-            made = separable_als(
-                target.weight,
-                rank,
-                target.gram,
-                form,
-                sweeps=0 if closed else self.sweeps,
-                ridge=target.ridge,
-                cross=target.cross,
-                energy=target.energy,
-                tolerance=1e-3,
-                start=None if target.start is None or closed else Separable(target.start[0], target.start[1], 0.0),
-            )
+            return made.first, made.second
+        if len(form) == target.weight.ndim - 2:  # the optimum is closed form
+            wanted, basis = output_basis(target)
+            one = (1,) * len(form)
+            first = (basis[:, :rank].T @ wanted).reshape(rank, *target.weight.shape[1:])
+            return first, basis[:, :rank].reshape(-1, rank, *one)
+        made = separable_als(
+            target.weight,
+            rank,
+            target.gram,
+            form,
+            sweeps=self.sweeps if len(target.gram) <= _WIDE else min(self.sweeps, 2),
+            ridge=target.ridge,
+            cross=target.cross,
+            energy=target.energy,
+            tolerance=1e-3,
+            start=None if target.start is None else Separable(target.start[0], target.start[1], 0.0),
+        )
         return made.first, made.second
 
     def full(self, shape: Sequence[int], form: Form) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ class Spectrum:
     @property
     def sigma(self) -> Array:
         """(q,) singular values, pooled over the slices."""
-        return np.sqrt(np.sum([basis.sigma**2 for basis in self.slices], axis=0))
+        return np.asarray(np.sqrt(np.sum([basis.sigma**2 for basis in self.slices], axis=0)))
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,7 @@ class SVD(Pass):
     def _basis(self, matrix: Array, moments: Moments, energy: float) -> LowRankBasis:
         if moments.target_cross is None:
             return data_aware(matrix, moments.gram, self.ridge, energy)
-        return regressed(
-            matrix, moments.gram, moments.target_cross, moments.target_energy, self.ridge, energy
-        )
+        return regressed(matrix, moments.gram, moments.target_cross, moments.target_energy, self.ridge, energy)
 
     def _pays(self, site: Site, centred: LowRankBasis, raw: LowRankBasis) -> bool:
         """Whether centring takes enough off at half of break-even to be worth a new Add."""
@@ -116,7 +114,10 @@ class SVD(Pass):
             ranks=ranks,
             parameters=len(analysis.slices) * rank * (rows + columns) + added,
             macs=None if site.macs is None else site.macs // (rows * columns) * rank * (rows + columns),
-            nodes=sum(1 + (analysis.centred and not use.also and site.op == "MatMul") for use in site.uses),
+            nodes=sum(
+                1 + (analysis.centred and not use.also and site.attributes[use.node]["op"] == "MatMul")
+                for use in site.uses
+            ),
             weight_error=_weight_error(site, analysis, rank),
             output_error=_output_error(analysis, rank),
         )
@@ -144,6 +145,8 @@ class SVD(Pass):
 
     def spell_rank(self, site: Site, analysis: Spectrum, wish: RankWish) -> tuple[int, ...] | str:
         """See Pass.spell_rank."""
+        if wish.selector is not None:
+            return f"{self.name} offers no selector '{wish.selector}'"
         if wish.energy is not None:
             rank = energy_rank(analysis.sigma, wish.energy)
             if rank > break_even(site):
@@ -160,9 +163,7 @@ class SVD(Pass):
         """See Pass.targets."""
         return (site,) if len(site.uses) == 1 and site.weight.ndim == 2 else ()
 
-    def refit(
-        self, site: Site, candidate: Candidate, factors: Factors, moments: Moments, ridge: float
-    ) -> Factors:
+    def refit(self, site: Site, candidate: Candidate, factors: Factors, moments: Moments, ridge: float) -> Factors:
         """See Pass.refit."""
         again = dataclasses.replace(self, ridge=ridge)
         return again.factorize(site, again.analyse(site, {site.uses[0].input: moments}), candidate)
@@ -185,7 +186,7 @@ def product_of(factors: Factors) -> Array:
 def break_even(site: Site) -> int:
     """The largest rank whose factors are smaller than the weight: r (K + N) < K N."""
     rows, columns = site.weight.shape[-2:]
-    return (rows * columns - 1) // (rows + columns)
+    return int((rows * columns - 1) // (rows + columns))
 
 
 def grid_step(width: int) -> int:
@@ -226,7 +227,7 @@ def _bias_possible(use: Use) -> bool:
 
 
 def _bias_is_free(site: Site, use: Use) -> bool:
-    return site.op == "Gemm" or use.bias is not None
+    return site.attributes[use.node]["op"] == "Gemm" or use.bias is not None
 
 
 def _weight_error(site: Site, analysis: Spectrum, rank: int) -> float:

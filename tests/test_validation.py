@@ -57,7 +57,7 @@ def test_outputs_are_joined_in_order_whatever_the_batches() -> None:
     rows = np.arange(14.0).reshape(7, 2)
     collector = Collector(7)
     for start in range(0, 7, 3):
-        collector.add({"y": rows[start : start + 3], "s": np.float32(start)}, 3)
+        collector.add({"y": rows[start : start + 3], "s": np.array(start)}, 3)
     made = collector.take()
     assert np.array_equal(made["y"], rows)
     assert made["s"].tolist() == [0, 3, 6]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
 
-from lowrank_onnx.linalg import Array, Tail, regression, with_ridge
+from lowrank_onnx.linalg import Array, with_ridge
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,26 +17,39 @@ class UnitOrder:
 
     Attributes:
         order: (F,) indices, the most useful first.
-        output: Squared output error after the first k units and the best refit, for every multiple of the
-            block; in between the value of the next smaller multiple.
+        counts: The numbers of units for which the error is known, rising; the last is F.
+        output: Squared output error at each of ``counts``, after the best refit.
+        total: What the squared errors are relative to.
     """
 
     order: Array
-    output: Tail
+    counts: tuple[int, ...]
+    output: tuple[float, ...]
+    total: float
+
+    def relative(self, units: int) -> float:
+        """Relative output error of the first ``units`` units; between two counts that of the smaller."""
+        place = bisect.bisect_right(self.counts, units) - 1
+        if place < 0 or self.total <= 0:
+            return 1.0 if place < 0 else 0.0
+        return float(np.sqrt(self.output[place] / self.total))
 
 
-def order_units(weight: Array, gram: Array, ridge: float, block: int = 8, energy: float | None = None) -> UnitOrder:
+_BLOCK = 8  # units chosen per step; the scores hardly change within one
+
+
+def order_units(weight: Array, gram: Array, ridge: float, step: int = 8, energy: float | None = None) -> UnitOrder:
     """Order hidden units greedily by how much output error each takes away.
 
     With R the part of the second moment that the chosen units do not explain, the next unit is the one with
     the largest ``|R[:, j] W|² / R[j, j]``; R is never formed, only its product with W and the columns of the
-    chosen units, ``block`` at a time.
+    chosen units, a block at a time.
 
     Args:
         weight: (F, N) of the layer that reads the units.
         gram: (F, F) second moment of the units, centred or not.
         ridge: In units of the mean diagonal.
-        block: Units chosen per step.
+        step: The error is told for multiples of this.
         energy: What errors are relative to; E|h W|² if None.
 
     Source: greedy subset selection for least squares, as a pivoted block Cholesky.
@@ -45,31 +59,44 @@ def order_units(weight: Array, gram: Array, ridge: float, block: int = 8, energy
     moment = with_ridge(gram, ridge)
     rest = moment @ weight  # (F, N) R W
     diagonal = np.diag(moment).copy()
-    floor = 1e-10 * float(diagonal.max(initial=0.0))
+    floor = 1e-10 * float(diagonal.max(initial=0.0)) or 1.0
     factor = np.zeros((units, units))  # columns of the Cholesky factor, in order of choice
     chosen = np.zeros(units, bool)
     order: list[int] = []
-    total = float(np.einsum("fn,fn->", weight, gram @ weight))
-    left = np.empty(units + 1)
-    error = float(np.einsum("fn,fn->", weight, rest))
+    objective = {}
     while len(order) < units:
-        left[len(order) : len(order) + block] = error
         score = np.where(chosen, -1.0, np.einsum("fn,fn->f", rest, rest) / np.maximum(diagonal, floor))
-        size = min(block, units - len(order))
-        picked = np.sort(np.argsort(-score, kind="stable")[:size])
         done = len(order)
+        size = min(_BLOCK, units - done, step - done % step)
+        picked = np.sort(np.argsort(-score, kind="stable")[:size])
         columns = moment[:, picked] - factor[:, :done] @ factor[picked, :done].T  # (F, size) R[:, picked]
-        corner = columns[picked] + floor * np.eye(size)
-        root = scipy.linalg.cholesky(corner, lower=True)
+        root = scipy.linalg.cholesky(columns[picked] + floor * np.eye(size), lower=True)
         part = scipy.linalg.solve_triangular(root, columns.T, lower=True).T  # (F, size)
         factor[:, done : done + size] = part
         rest -= part @ scipy.linalg.solve_triangular(root, rest[picked], lower=True)
         diagonal -= np.einsum("fs,fs->f", part, part)
         chosen[picked] = True
         order += picked.tolist()
-        error = max(float(np.einsum("fn,fn->", weight, rest)), 0.0)
-    left[units] = 0.0
-    return UnitOrder(np.array(order), Tail(np.minimum.accumulate(left), total if energy is None else energy))
+        objective[len(order)] = float(np.einsum("fn,fn->", weight, rest))
+    places = np.array(order)
+    total = float(np.einsum("fn,fn->", weight, gram @ weight)) if energy is None else energy
+    counts = (*range(step, units, step), units)
+    penalty = ridge * float(np.trace(gram)) / units
+    output = [
+        max(objective[count] - penalty * _departure(factor[places], weight[places], count), 0.0) for count in counts
+    ]
+    falling = np.minimum.accumulate([*output[:-1], 0.0])
+    return UnitOrder(places, counts, tuple(float(value) for value in falling), total)
+
+
+def _departure(factor: Array, weight: Array, count: int) -> float:
+    """How far the ridge lets the refit move: ``|W - W'|²``, all in order of choice.
+
+    With L the Cholesky factor, the refit adds ``L11⁻ᵀ L21ᵀ W_rest`` to the weights of the chosen units.
+    """
+    left = weight[count:]
+    moved = scipy.linalg.solve_triangular(factor[:count, :count].T, factor[count:, :count].T @ left, lower=False)
+    return float(np.vdot(moved, moved) + np.vdot(left, left))
 
 
 def refit_selected(weight: Array, gram: Array, chosen: Array, ridge: float) -> Array:
@@ -79,7 +106,12 @@ def refit_selected(weight: Array, gram: Array, chosen: Array, ridge: float) -> A
         weight: (F, N).
         gram: (F, F) of h.
         chosen: (k,) indices.
-        ridge: In units of the mean diagonal of the chosen part.
+        ridge: In units of the mean diagonal of gram.
     """
-    inner = gram[np.ix_(chosen, chosen)]
-    return regression(inner, gram[chosen] @ weight, weight[chosen], ridge)
+    penalty = ridge * float(np.trace(gram)) / len(gram)
+    left = gram[np.ix_(chosen, chosen)] + penalty * np.eye(len(chosen))
+    right = gram[chosen] @ weight + penalty * weight[chosen]
+    try:
+        return np.asarray(scipy.linalg.solve(left, right, assume_a="pos"))
+    except np.linalg.LinAlgError:
+        return np.asarray(scipy.linalg.lstsq(left, right)[0])

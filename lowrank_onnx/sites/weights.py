@@ -50,7 +50,7 @@ def require_finite(values: Array, name: str, node: str) -> None:
     bad = int(values.size - np.isfinite(values).sum())
     raise ModelError(
         f"weight '{name}' of node '{node}' holds {bad} NaN or Inf values; expected finite numbers; "
-        f"export the model again, or leave the layer out with --exclude '{node}'"
+        "export the model again"
     )
 
 

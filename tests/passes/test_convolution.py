@@ -185,3 +185,21 @@ def test_data_lower_the_error_on_them(technique: type[Pass]) -> None:
         made = factorized(posed, technique(), site, technique().ranks(site, analysis)[0])
         errors.append(difference(answers(made, {"x": x})["y"], expected))
     assert errors[0] < 0.9 * errors[1], errors
+
+
+@pytest.mark.parametrize("technique", [kind for kind in TECHNIQUES if kind.default], ids=lambda kind: kind.name)
+def test_half_precision_factors_share_their_scale(technique: type[Pass]) -> None:
+    """A kernel near the largest half number does not push either factor over it."""
+    rng = np.random.default_rng(0)
+    weight = (rng.standard_normal((8, 8, 3, 3)) * 1e4).clip(-6e4, 6e4).astype(np.float16)
+    proto = build(
+        "g (float16[n,8,h,w] x) => (float16[n,8,p,q] y) { y = Conv<pads=[1,1,1,1]>(x, w) }", {"w": weight}
+    )
+    x = (rng.standard_normal((4, 8, 6, 6)) * 1e-4).astype(np.float16)
+    posed = problem(proto, {"x": x})
+    (site,) = posed.sites
+    analysis = technique().analyse(site, moments(posed).get(site.name))
+    candidate = technique().candidate(site, analysis, technique().ranks(site, analysis)[-1])
+    factors = technique().factorize(site, analysis, candidate)
+    sizes = [float(np.abs(factor).max()) for role, factor in factors.items() if not role.startswith("bias")]
+    assert max(sizes) < 6e3 and max(sizes) / min(sizes) < 100
