@@ -34,8 +34,10 @@ class Selection:
 
 
 def carry_out(problem: Problem, choices: Sequence[Choice]) -> Selection:
-    """Factorize, rewrite and weigh."""
-    return with_factors(problem, choices, factorize(choices))
+    """Factorize, rewrite and weigh; in the order of the model, so that the same choices give the same bytes."""
+    order = {site.name: place for place, site in enumerate(problem.sites)}
+    ordered = sorted(choices, key=lambda choice: order[choice.proposal.site.name])
+    return with_factors(problem, ordered, factorize(ordered))
 
 
 def with_factors(

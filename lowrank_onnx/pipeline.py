@@ -43,6 +43,7 @@ from lowrank_onnx.runtime import Runtime, input_specs, open_session
 from lowrank_onnx.search import reach_speedup, stay_within
 from lowrank_onnx.statistics import Progress, observe
 from lowrank_onnx.target import BUDGETS, OBJECTIVES, Target, read_target
+from lowrank_onnx.threads import few_threads
 from lowrank_onnx.validation import benchmark as time_models
 from lowrank_onnx.version import __version__
 
@@ -271,6 +272,7 @@ def _summary(reasons: Mapping[str, str]) -> str:
     return told or "the model has no weights of a kind the techniques know"
 
 
+@few_threads
 def compress(
     model: Source,
     target: Mapping[str, Any] | None = None,
@@ -384,6 +386,7 @@ def plan(model: Source, target: Mapping[str, Any] | None = None, **options: Any)
     return compress(model, target, **options).plan
 
 
+@few_threads
 def apply(
     model: Source,
     plan: str | Path | Mapping[str, Any],
@@ -459,6 +462,7 @@ def _choice_of(
     return Choice(Proposal(site, technique, analysis, (candidate,)), candidate)
 
 
+@few_threads
 def inspect(
     model: Source,
     *,
@@ -553,6 +557,7 @@ def passes() -> list[dict[str, Any]]:
 SWEEP = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 
 
+@few_threads
 def sweep(
     model: Source,
     folder: str | Path,

@@ -312,7 +312,7 @@ class ConvolutionPass(Pass):
     def _offered(self, site: Site, shape: Sequence[int], form: Form) -> list[tuple[int, ...]]:
         """Ranks on the grid that cost less than the layer, thinned to a few."""
         full = self.full(shape, form)
-        step = self.multiple or channel_step(min(shape[:2]))
+        step = self.multiple or channel_step(shape[0], shape[1])
         below = [
             ranks for ranks in self.grid(shape, form, step) if _within(ranks, full) and self._pays(site, form, ranks)
         ]
@@ -378,6 +378,8 @@ def _within(ranks: Sequence[int], full: Sequence[int]) -> bool:
     return all(1 <= rank <= most for rank, most in zip(ranks, full, strict=True))
 
 
-def channel_step(width: int) -> int:
-    """Step of the rank grid: the block of channels that kernels work on, where the layer is wide enough."""
-    return 16 if width >= 32 else 8 if width >= 16 else 4
+def channel_step(outputs: int, inputs: int) -> int:
+    """Step of the rank grid: the block of channels that kernels work on, less where the layer itself has fewer."""
+    if min(outputs, inputs) >= 32 or max(outputs, inputs) >= 64:
+        return 16
+    return 8 if max(outputs, inputs) >= 16 else 4

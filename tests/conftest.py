@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from threadpoolctl import threadpool_limits
+
+# As lowrank_onnx.threads does for users: a spinning pool is what makes a suite of small products slow.
+threadpool_limits(limits=1, user_api="blas")
 
 REPOSITORY = Path(__file__).parents[1]
 
