@@ -380,6 +380,5 @@ def _within(ranks: Sequence[int], full: Sequence[int]) -> bool:
 
 def channel_step(outputs: int, inputs: int) -> int:
     """Step of the rank grid: the block of channels that kernels work on, less where the layer itself has fewer."""
-    if min(outputs, inputs) >= 32 or max(outputs, inputs) >= 64:
-        return 16
-    return 8 if max(outputs, inputs) >= 16 else 4
+    width = min(outputs, inputs)
+    return 16 if width >= 32 else 8 if width >= 16 else 4

@@ -411,7 +411,18 @@ class Trial:
     proto: ModelProto
 
 
-def trials(technique: Pass, kind: str, case: Case, data: bool, full: bool = False) -> Iterator[Trial]:
+_MADE: dict[tuple[Pass, int, bool, bool], list[Trial]] = {}
+
+
+def trials(technique: Pass, kind: str, case: Case, data: bool, full: bool = False) -> list[Trial]:
+    """What ``new_trials`` gives, made once for all tests; nobody may change it."""
+    key = (technique, id(case), data, full)
+    if key not in _MADE:
+        _MADE[key] = list(new_trials(technique, kind, case, data, full))
+    return _MADE[key]
+
+
+def new_trials(technique: Pass, kind: str, case: Case, data: bool, full: bool = False) -> Iterator[Trial]:
     """The smallest, the middle and the largest rank a technique offers; or full rank."""
     if technique.needs_data and not data:
         pytest.skip("offers nothing without data")
@@ -565,7 +576,7 @@ def _assert_no_dead_tensor(proto: ModelProto) -> None:
 
 @each_case
 def test_running_twice_gives_the_same_bytes(technique: type[Pass], kind: str, case: Case) -> None:
-    first, second = ([serialize(t.proto) for t in trials(technique(), kind, case, data=True)] for _ in range(2))
+    first, second = ([serialize(t.proto) for t in new_trials(technique(), kind, case, data=True)] for _ in range(2))
     assert first == second
 
 

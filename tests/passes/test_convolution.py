@@ -201,3 +201,19 @@ def test_half_precision_factors_share_their_scale(technique: type[Pass]) -> None
     factors = technique().factorize(site, analysis, candidate)
     sizes = [float(np.abs(factor).max()) for role, factor in factors.items() if not role.startswith("bias")]
     assert max(sizes) < 6e3 and max(sizes) / min(sizes) < 100
+
+
+@each_technique
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(convolutions())
+def test_multiply_accumulates_told_are_those_of_the_model(technique: type[Pass], entry: Convolution) -> None:
+    proto, x = model_of(entry)
+    posed = problem(proto, {"x": x})
+    (site,) = posed.sites
+    if technique().refuse(site):
+        return
+    analysis = technique().analyse(site, moments(posed).get(site.name))
+    ranks = technique().spell_rank(site, analysis, RankWish(fraction=0.5))
+    assert not isinstance(ranks, str)
+    made = problem(factorized(posed, technique(), site, ranks), {"x": x})
+    assert technique().candidate(site, analysis, ranks).macs == made.cost.macs

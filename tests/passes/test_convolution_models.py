@@ -30,7 +30,7 @@ def images(samples: int, height: int = 9, width: int = 8) -> Array:
     rng = np.random.default_rng(0)
     mixing = rng.standard_normal((16, 16)) * np.arange(1, 17) ** -1.0
     noise = rng.standard_normal((samples, 16, height, width))
-    return np.einsum("ij,njhw->nihw", mixing, noise).astype(np.float32)
+    return np.asarray(np.einsum("ij,njhw->nihw", mixing, noise), np.float32)
 
 
 def run(proto: ModelProto, data: Any, keep_macs: float = 0.55, **options: Any) -> Result:
