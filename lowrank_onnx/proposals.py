@@ -11,7 +11,6 @@ import joblib
 
 from lowrank_onnx.base import Candidate, Pass, RankWish, Site
 from lowrank_onnx.errors import LowRankError
-from lowrank_onnx.threads import few_threads
 
 
 @dataclass(frozen=True, eq=False)
