@@ -49,8 +49,11 @@ class Runtime:
     def __post_init__(self) -> None:
         if self.provider not in PROVIDERS:
             raise ProviderError(f"--provider must be one of {', '.join(PROVIDERS)}, got '{self.provider}'")
-        if self.threads < 0:
-            raise ProviderError(f"--threads must be 0 (onnxruntime decides) or more, got {self.threads}")
+        most = 4 * joblib.cpu_count()
+        if not 0 <= self.threads <= most:
+            raise ProviderError(
+                f"--threads must be from 0 (onnxruntime decides) to {most}, four for each core; got {self.threads}"
+            )
 
     @property
     def device(self) -> str:

@@ -68,7 +68,7 @@ class Feedforward(Pass):
 
     def _step(self, site: Site) -> int:
         width = site.weight.shape[0]
-        return self.multiple or (32 if width >= 1024 else grid_step(width))
+        return self.multiple or (64 if width >= 1024 else 32 if width >= 512 else grid_step(width))
 
     def ranks(self, site: Site, analysis: Units) -> Sequence[tuple[int, ...]]:
         """See Pass.ranks."""
