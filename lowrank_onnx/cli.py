@@ -18,7 +18,7 @@ from rich.table import Table
 
 from lowrank_onnx import pipeline
 from lowrank_onnx.errors import LowRankError, TargetError
-from lowrank_onnx.model import check_output, load, save
+from lowrank_onnx.model import check_output, external_files, load, save
 from lowrank_onnx.report import (
     render_inspection,
     render_terminal,
@@ -60,7 +60,7 @@ _target = _options(
 _calibrate = click.option(
     "--calibrate", metavar="DATA", help="Representative inputs: .npz, folder of test_data_set_N, module:function."
 )
-_evaluate = click.option("--evaluate", metavar="DATA", help="Held-out inputs for the last line.")
+_evaluate = click.option("--evaluate", metavar="DATA", help="Held-out inputs, for the figures of the result.")
 _metric = click.option("--metric", metavar="NAME", help="top1, psnr, ..., path.py:function. Fidelity without one.")
 _technique = click.option("--technique", multiple=True, metavar="NAME[:opt=value,...]", help="May repeat.")
 _filters = _options(
@@ -73,7 +73,7 @@ _runtime = _options(
     click.option("--threads", type=click.IntRange(0), default=0, help="0: as many as there are cores."),
     click.option("--shape", multiple=True, metavar="NAME=1,128", help="Fixes a dynamic input. May repeat."),
 )
-_seed = click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same bytes out.")
+_seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same bytes out.")
 _jobs = click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Local workers.")
 _refine = click.option(
     "--no-refine", "refine", is_flag=True, flag_value=False, default=True, help="Do not refit the factors."
@@ -89,10 +89,38 @@ _cache = click.option(
     "--no-cache", "cache", is_flag=True, flag_value=False, default=True, help="Measure anew what earlier runs measured."
 )
 _json = click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="JSON report.")
-_overwrite = click.option("--overwrite", is_flag=True, help="Allow OUT and reports to exist.")
+_overwrite = click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 _report = click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html", help="HTML report.")
 _out = click.option("-o", "--out", required=True, type=click.Path(path_type=Path), metavar="OUT")
 _model = click.argument("model", type=click.Path(path_type=Path))
+
+
+_WRITTEN = ("out", "report", "json_file", "html")
+_READ = ("model", "models", "reference", "candidate", "plan", "calibrate", "evaluate", "metric")
+
+
+class Guarded(click.Command):
+    """A command that refuses to write over any file it reads, whatever ``--overwrite`` says."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Check the paths, then run the command."""
+        values = [value for name in _READ for value in _listed(ctx.params.get(name))]
+        for name in _WRITTEN:
+            path = ctx.params.get(name)
+            if path is None or not path.is_file():
+                continue
+            for value in values:
+                # A metric or a loader is file.py:function.
+                source = Path(str(value).rpartition(":")[0] if ".py:" in str(value) else value)
+                if source.is_file() and any(path.samefile(entry) for entry in (source, *external_files(source))):
+                    raise LowRankError(f"'{path}' is read by this command and would be overwritten; name another file")
+        return super().invoke(ctx)
+
+
+def _listed(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, tuple) else [value]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -101,7 +129,7 @@ def cli() -> None:
     """Make an exported ONNX model smaller and faster by low-rank factorization, with measured proof."""
 
 
-@cli.command()
+@cli.command(cls=Guarded)
 @_model
 @_calibrate
 @_technique
@@ -125,7 +153,7 @@ def inspect(model: Path, json_file: Path | None, html: Path | None, overwrite: b
         write_inspection_html(report, html)
 
 
-@cli.command()
+@cli.command(cls=Guarded)
 @_model
 @_out
 @_target
@@ -156,7 +184,7 @@ def compress(
     _finish(result, target, report, json_file)
 
 
-@cli.command()
+@cli.command(cls=Guarded)
 @_model
 @_out
 @_target
@@ -189,7 +217,7 @@ def plan(model: Path, out: Path, report: Path | None, json_file: Path | None, ov
     click.echo(f"wrote {target}")
 
 
-@cli.command()
+@cli.command(cls=Guarded)
 @_model
 @click.argument("plan", type=click.Path(path_type=Path))
 @_out
@@ -213,7 +241,7 @@ def apply(
     _finish(result, target, report, json_file)
 
 
-@cli.command()
+@cli.command(cls=Guarded)
 @click.argument("reference", type=click.Path(path_type=Path))
 @click.argument("candidate", type=click.Path(path_type=Path))
 @_evaluate
@@ -235,7 +263,7 @@ def validate(
     render_terminal(content, _console())
 
 
-@cli.command()
+@cli.command(cls=Guarded)
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL [MODEL ...]")
 @_evaluate
 @_runtime
@@ -261,7 +289,7 @@ def benchmark(models: tuple[Path, ...], json_file: Path | None, overwrite: bool,
         write_json(content, json_file)
 
 
-@cli.command()
+@cli.command(cls=Guarded)
 @_model
 @click.option("-o", "--out", "folder", required=True, type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--budgets", metavar="F,F,...", help="Shares to keep.  [default: 0.9,0.8,...,0.2]")
@@ -310,7 +338,7 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-@cli.command()
+@cli.command(cls=Guarded)
 @click.option("--json", "as_json", is_flag=True, help="As JSON on standard output.")
 def passes(as_json: bool) -> None:
     """List the techniques, the kinds of layers they take, their options and where they come from."""

@@ -354,6 +354,16 @@ def external_location(tensor: TensorProto, folder: Path) -> tuple[Path, int, int
     return file, offset, length
 
 
+def external_files(path: Path) -> list[Path]:
+    """The files with external data of a model on disk; empty for a file that is no model."""
+    proto = ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+        return _external_files(proto, path)
+    except (DecodeError, OSError, ModelError):
+        return []
+
+
 def _external_files(proto: ModelProto, path: Path) -> list[Path]:
     files = {
         external_location(tensor, path.parent)[0] for tensor in stored_tensors(proto) if uses_external_data(tensor)

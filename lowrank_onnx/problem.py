@@ -12,7 +12,7 @@ import onnx
 from lowrank_onnx.base import Site
 from lowrank_onnx.cost import Cost, model_cost
 from lowrank_onnx.data import Dataset, InputSpec, load_data
-from lowrank_onnx.errors import DataError, MetricError, ModelError
+from lowrank_onnx.errors import DataError, LowRankError, MetricError, ModelError
 from lowrank_onnx.feeds import Feeds, choose_feeds, read_shapes
 from lowrank_onnx.metrics import Metric, resolve_metric
 from lowrank_onnx.model import Model, from_proto, load
@@ -99,6 +99,8 @@ def pose(
     Raises:
         LowRankError: Model, data, metric or shapes are wrong; see the modules that load them.
     """
+    if seed < 0:
+        raise LowRankError(f"--seed must not be negative, got {seed}")
     model = open_model(source)
     session = open_session(model.proto, runtime, model.folder, what=f"model '{model.path or 'in memory'}'")
     specs = input_specs(session)

@@ -33,20 +33,26 @@ def filter_sites(
     """
     for option, patterns in (("--include", include), ("--exclude", exclude)):
         for pattern in patterns:
-            if not any(fnmatchcase(use.node, pattern) for site in sites for use in site.uses):
+            if not any(fnmatchcase(name, pattern) for site in sites for name in _spellings(site)):
                 raise LowRankError(
                     f"{option} '{pattern}' matches no node with a weight; lowrank-onnx inspect lists their names"
                 )
     kept, reasons = [], {}
     for site in sites:
-        names = [use.node for use in site.uses]
-        if include and not all(any(fnmatchcase(name, pattern) for pattern in include) for name in names):
+        names = _spellings(site)
+        if include and not any(fnmatchcase(name, pattern) for pattern in include for name in names):
             reasons[site.name] = "not matched by --include"
         elif any(fnmatchcase(name, pattern) for pattern in exclude for name in names):
             reasons[site.name] = "matched by --exclude"
         else:
             kept.append(site)
     return kept, reasons
+
+
+def _spellings(site: Site) -> list[str]:
+    """The nodes of a site, with and without the operator that tables leave out: ``/fc1/Gemm`` and ``/fc1``."""
+    names = [use.node for use in site.uses]
+    return [*names, *(name.removesuffix(f"/{site.op}") for name in names)]
 
 
 def propose(

@@ -47,7 +47,8 @@ class MomentSums:
         rows = rows.astype(np.float32, copy=False)
         self.rows += len(rows)
         self.total += rows.sum(axis=0, dtype=np.float64)
-        self.products += rows.T @ rows
+        with np.errstate(over="ignore", invalid="ignore"):  # told once, at the end, by the tensor's name
+            self.products += rows.T @ rows
 
     def moments(self) -> Moments:
         """The sums divided by the number of rows."""
@@ -112,6 +113,10 @@ def observe(
     for (name, _), entry in sums.items():
         if entry.rows == 0:
             raise DataError(f"no row of tensor '{name}' is left behind the mask; is '{mask or 'the mask'}' all zeros?")
+        if not np.isfinite(entry.products).all():
+            raise DataError(
+                f"the calibration data make tensor '{name}' overflow or hold NaN; are they scaled as the model expects?"
+            )
     done = {key: entry.moments() for key, entry in sums.items()}
     return {site.name: {use.input: done[(use.input, row_layout(site))] for use in site.uses} for site in chosen}
 

@@ -59,7 +59,8 @@ def order_units(weight: Array, gram: Array, ridge: float, step: int = 8, energy:
     moment = with_ridge(gram, ridge)
     rest = moment @ weight  # (F, N) R W
     diagonal = np.diag(moment).copy()
-    floor = 1e-10 * float(diagonal.max(initial=0.0)) or 1.0
+    # Units that never change have no variance left; the floor keeps the corner definite.
+    floor = max(1e-10 * float(diagonal.max(initial=0.0)), np.finfo(np.float64).tiny ** 0.5)
     factor = np.zeros((units, units))  # columns of the Cholesky factor, in order of choice
     chosen = np.zeros(units, bool)
     order: list[int] = []
@@ -70,7 +71,7 @@ def order_units(weight: Array, gram: Array, ridge: float, step: int = 8, energy:
         size = min(_BLOCK, units - done, step - done % step)
         picked = np.sort(np.argsort(-score, kind="stable")[:size])
         columns = moment[:, picked] - factor[:, :done] @ factor[picked, :done].T  # (F, size) R[:, picked]
-        root = scipy.linalg.cholesky(columns[picked] + floor * np.eye(size), lower=True)
+        root = _root(columns[picked], floor)
         part = scipy.linalg.solve_triangular(root, columns.T, lower=True).T  # (F, size)
         factor[:, done : done + size] = part
         rest -= part @ scipy.linalg.solve_triangular(root, rest[picked], lower=True)
@@ -87,6 +88,15 @@ def order_units(weight: Array, gram: Array, ridge: float, step: int = 8, energy:
     ]
     falling = np.minimum.accumulate([*output[:-1], 0.0])
     return UnitOrder(places, counts, tuple(float(value) for value in falling), total)
+
+
+def _root(corner: Array, floor: float) -> Array:
+    """Lower Cholesky factor of what is left of a few units; lifted until rounding does not matter."""
+    while True:
+        try:
+            return np.asarray(scipy.linalg.cholesky(corner + floor * np.eye(len(corner)), lower=True))
+        except np.linalg.LinAlgError:
+            floor *= 100
 
 
 def _departure(factor: Array, weight: Array, count: int) -> float:
