@@ -33,20 +33,26 @@ def filter_sites(
     """
     for option, patterns in (("--include", include), ("--exclude", exclude)):
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for site in sites for name in _spellings(site)):
+            if not any(_matches(_spellings(site), [pattern]) for site in sites):
                 raise LowRankError(
                     f"{option} '{pattern}' matches no node with a weight; lowrank-onnx inspect lists their names"
                 )
+    by_name = {site.name: site for site in sites}
     kept, reasons = [], {}
     for site in sites:
-        names = _spellings(site)
-        if include and not any(fnmatchcase(name, pattern) for pattern in include for name in names):
+        # A compound site changes every layer it covers: each has to be wanted, none may be excluded.
+        members = [_spellings(by_name[name]) for name in site.covers]
+        if include and not all(_matches(names, include) for names in members):
             reasons[site.name] = "not matched by --include"
-        elif any(fnmatchcase(name, pattern) for pattern in exclude for name in names):
+        elif any(_matches(names, exclude) for names in members):
             reasons[site.name] = "matched by --exclude"
         else:
             kept.append(site)
     return kept, reasons
+
+
+def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _spellings(site: Site) -> list[str]:
