@@ -104,16 +104,17 @@ class Guarded(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Check the paths, then run the command."""
-        values = [value for name in _READ for value in _listed(ctx.params.get(name))]
+        values = [(name, value) for name in _READ for value in _listed(ctx.params.get(name))]
         for name in _WRITTEN:
             path = ctx.params.get(name)
             if path is None or not path.is_file():
                 continue
-            for value in values:
+            for role, value in values:
                 # A metric or a loader is file.py:function.
                 source = Path(str(value).rpartition(":")[0] if ".py:" in str(value) else value)
                 if source.is_file() and any(path.samefile(entry) for entry in (source, *external_files(source))):
-                    raise LowRankError(f"'{path}' is read by this command and would be overwritten; name another file")
+                    what = "the model itself" if role == "model" and path.samefile(source) else "read by this command"
+                    raise LowRankError(f"'{path}' is {what} and would be overwritten; name another file for the output")
         return super().invoke(ctx)
 
 

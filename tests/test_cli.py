@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -504,3 +505,37 @@ def test_table_goes_to_standard_output_and_no_bar_to_a_file(folder: Path) -> Non
     done = subprocess.run([*CLI, *COMPRESS], cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == "" and "MatMul_0" in done.stdout
     assert "\x1b" not in done.stdout
+
+
+def test_no_file_that_is_read_is_ever_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = Path(__file__).parents[1] / "models" / "digits_mlp"
+    for name in ("model.onnx", "calibrate.npz"):
+        shutil.copy(source / name, name)
+    shutil.copy("model.onnx", "other.onnx")
+    before = Path("calibrate.npz").read_bytes()
+    commands = [
+        [
+            "compress",
+            "model.onnx",
+            "-o",
+            "o.onnx",
+            "--rank",
+            "4",
+            "--calibrate",
+            "calibrate.npz",
+            "--json",
+            "calibrate.npz",
+        ],
+        ["benchmark", "model.onnx", "other.onnx", "--json", "other.onnx"],
+    ]
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["lowrank-onnx", *command, "--overwrite"])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 1
+        assert "is read by this command and would be overwritten" in capsys.readouterr().err
+    assert Path("calibrate.npz").read_bytes() == before
+    assert Path("other.onnx").read_bytes() == Path("model.onnx").read_bytes()
