@@ -113,10 +113,6 @@ class Moments:
     target_energy: float = 0.0
 
 
-Statistics = Mapping[str, Mapping[str, Any]]
-"""For every site and input tensor of it, the moments: ``statistics[site.name][use.input]``."""
-
-
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """What one technique would do to one site; numbers only.

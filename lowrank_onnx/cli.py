@@ -144,7 +144,7 @@ def cli() -> None:
 @_overwrite
 def inspect(model: Path, json_file: Path | None, html: Path | None, overwrite: bool, **options: Any) -> None:
     """Show what MODEL is made of and how compressible each layer is."""
-    _check_reports(model, overwrite, ("--json", json_file), ("--html", html))
+    _check_reports(overwrite, ("--json", json_file), ("--html", html))
     with _progress() as progress:
         report = pipeline.inspect(model, progress=progress, **options)
     render_inspection(report, _console())
@@ -179,7 +179,7 @@ def compress(
     """Write a smaller, faster MODEL to OUT, and prove it."""
     _check_target(options)
     target = check_output(out, load(model), overwrite)
-    _check_reports(model, overwrite, ("--report", report), ("--json", json_file), out=target)
+    _check_reports(overwrite, ("--report", report), ("--json", json_file), out=target)
     with _progress() as progress:
         result = pipeline.compress(model, progress=progress, **options)
     _finish(result, target, report, json_file)
@@ -208,7 +208,7 @@ def plan(model: Path, out: Path, report: Path | None, json_file: Path | None, ov
     """Decide what compress would do to MODEL, and write that down as JSON to read, edit and apply."""
     _check_target(options)
     target = check_output(out, load(model), overwrite)
-    _check_reports(model, overwrite, ("--report", report), ("--json", json_file), out=target)
+    _check_reports(overwrite, ("--report", report), ("--json", json_file), out=target)
     with _progress() as progress:
         result = pipeline.compress(model, progress=progress, **options)
     with _together(report, json_file):
@@ -236,7 +236,7 @@ def apply(
 ) -> None:
     """Carry out PLAN on MODEL; the plan may have been edited by hand."""
     target = check_output(out, load(model), overwrite)
-    _check_reports(model, overwrite, ("--report", report), ("--json", json_file), out=target)
+    _check_reports(overwrite, ("--report", report), ("--json", json_file), out=target)
     with _progress() as progress:
         result = pipeline.apply(model, plan, progress=progress, **options)
     _finish(result, target, report, json_file)
@@ -256,7 +256,7 @@ def validate(
     reference: Path, candidate: Path, report: Path | None, json_file: Path | None, overwrite: bool, **options: Any
 ) -> None:
     """Compare accuracy and speed of CANDIDATE with REFERENCE, side by side."""
-    _check_reports(reference, overwrite, ("--report", report), ("--json", json_file))
+    _check_reports(overwrite, ("--report", report), ("--json", json_file))
     with _progress() as progress:
         content = pipeline.validate(reference, candidate, progress=progress, **options)
     with _together(report, json_file):
@@ -274,7 +274,7 @@ def validate(
 @_overwrite
 def benchmark(models: tuple[Path, ...], json_file: Path | None, overwrite: bool, **options: Any) -> None:
     """Time models side by side, interleaved; speed-ups are against the first."""
-    _check_reports(models[0], overwrite, ("--json", json_file))
+    _check_reports(overwrite, ("--json", json_file))
     content = pipeline.benchmark(models, **options)
     table = Table(title=_where(content["environment"]), title_justify="left")
     for heading, justify in (("model", "left"), ("median ms", "right"), ("IQR", "right"), ("runs", "right")):
@@ -434,13 +434,11 @@ def _check_target(options: Mapping[str, Any]) -> None:
         raise click.UsageError(f"exactly one target may be given, got {', '.join(given)}")
 
 
-def _check_reports(model: Path, overwrite: bool, *files: tuple[str, Path | None], out: Path | None = None) -> None:
+def _check_reports(overwrite: bool, *files: tuple[str, Path | None], out: Path | None = None) -> None:
     """Find out that a report cannot be written before the work, not after it."""
     taken = {} if out is None else {out.resolve(): "-o"}
     for option, file in files:
         if file is not None:
-            if file.exists() and model.exists() and file.samefile(model):
-                raise LowRankError(f"{option} '{file}' is the model itself; name another file")
             if file.resolve() in taken:
                 raise LowRankError(f"{option} '{file}' is the file of {taken[file.resolve()]} too; name another file")
             taken[file.resolve()] = option

@@ -143,10 +143,3 @@ def effective_rank(sigma: Array) -> float:
     share = np.asarray(sigma, np.float64) / total
     share = share[share > 0]
     return float(np.exp(-np.sum(share * np.log(share))))
-
-
-def relative_error(measured: Array, expected: Array) -> float:
-    """Return ``|measured - expected| / |expected|`` in float64; 0 where both are zero."""
-    difference = float(np.linalg.norm(np.asarray(measured, np.float64) - np.asarray(expected, np.float64)))
-    norm = float(np.linalg.norm(np.asarray(expected, np.float64)))
-    return difference / norm if norm > 0 else (0.0 if difference == 0 else float("inf"))

@@ -63,18 +63,6 @@ def freed_parameters(model: Model, constants: Iterable[Constant], removed: froze
     )
 
 
-def other_readers(model: Model, constant: Constant, removed: frozenset[str]) -> list[str]:
-    """Names of nodes outside ``removed`` that read the same stored weight."""
-    scopes = {scope.path: scope for scope in model.scopes}
-    names: set[str] = set()
-    made = {name for _, name in constant.roots}
-    for path, name in constant.roots:
-        for reader in scopes[path].readers.get(name, ()):
-            if reader.node.name not in removed and not made.intersection(reader.node.output):
-                names.add(reader.node.name)
-    return sorted(names)
-
-
 def _is_released(scope: Scope, name: str, removed: frozenset[str]) -> bool:
     if any(output.name == name for output in scope.graph.output):
         return False
