@@ -154,12 +154,14 @@ class Plan:
         choices: The chosen candidates.
         refusals: Site name to reason.
         setting: What the factors depend on beyond the ranks: target, data, seed, options of the passes.
+        refits: Sites left alone whose dense weights may be fitted anew to what the compressed layers deliver.
     """
 
     model: str
     choices: tuple[Candidate, ...]
     refusals: Mapping[str, str]
     setting: Mapping[str, Any] = field(default_factory=dict)
+    refits: frozenset[str] = frozenset()
 
 
 Factors = Mapping[str, Array]

@@ -25,12 +25,17 @@ Damage = Callable[[Candidate], float]
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Choices that were carried out, what the model weighs with them, and what refining did to each."""
+    """Choices that were carried out, what the model weighs with them, and what refining did to each.
+
+    Attributes:
+        kept: Layers without a choice whose dense weights refining changed.
+    """
 
     choices: tuple[Choice, ...]
     built: Built
     cost: Cost
     notes: Mapping[str, str] = field(default_factory=dict)
+    kept: tuple[Choice, ...] = ()
 
 
 def carry_out(problem: Problem, choices: Sequence[Choice]) -> Selection:
@@ -41,11 +46,15 @@ def carry_out(problem: Problem, choices: Sequence[Choice]) -> Selection:
 
 
 def with_factors(
-    problem: Problem, choices: Sequence[Choice], factors: Mapping[str, Factors], notes: Mapping[str, str] | None = None
+    problem: Problem,
+    choices: Sequence[Choice],
+    factors: Mapping[str, Factors],
+    notes: Mapping[str, str] | None = None,
+    kept: Sequence[Choice] = (),
 ) -> Selection:
     """Rewrite with factors that exist already, and weigh."""
-    built = build(problem.model, choices, factors)
-    return Selection(tuple(choices), built, weigh(problem, built), notes or {})
+    built = build(problem.model, [*choices, *kept], factors)
+    return Selection(tuple(choices), built, weigh(problem, built), notes or {}, tuple(kept))
 
 
 def weigh(problem: Problem, built: Built) -> Cost:

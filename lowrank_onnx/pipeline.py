@@ -185,7 +185,7 @@ def _decide(
     damage = _probed(problem, target, settings, proposals, clock, progress)
 
     def finish(selection: Selection) -> Selection:
-        return _refined(problem, settings, selection, clock, progress)
+        return _refined(problem, settings, selection, sites, clock, progress)
 
     if target.kind == "rank":
         selection = finish(carry_out(problem, _first_of_each(proposals)))
@@ -242,13 +242,19 @@ def _value(
 
 
 def _refined(
-    problem: Problem, settings: Settings, selection: Selection, clock: Clock, progress: Progress | None
+    problem: Problem,
+    settings: Settings,
+    selection: Selection,
+    sites: Sequence[Site],
+    clock: Clock,
+    progress: Progress | None,
 ) -> Selection:
+    """Refit; of the layers that were kept, those among ``sites`` may get other weights."""
     if not settings.refine or problem.calibrate is None:
         return selection
     with clock.step("refine"):
-        refined = refine_factors(problem, selection.choices, selection.built.factors, settings.mask, progress)
-        return with_factors(problem, refined.choices, refined.factors, refined.notes)
+        refined = refine_factors(problem, selection.choices, selection.built.factors, settings.mask, progress, sites)
+        return with_factors(problem, refined.choices, refined.factors, refined.notes, refined.kept)
 
 
 def _first_of_each(proposals: Sequence[Proposal]) -> list[Choice]:
@@ -372,7 +378,8 @@ def _as_plan(problem: Problem, target: Target, settings: Settings, planned: Plan
         "refine": settings.refine,
     }
     choices = tuple(choice.candidate for choice in planned.selection.choices)
-    return Plan(problem.model.digest, choices, planned.refusals, setting)
+    refits = planned.selection.notes.keys() - {candidate.site for candidate in choices}
+    return Plan(problem.model.digest, choices, planned.refusals, setting, frozenset(refits))
 
 
 def _spelled(technique: Pass) -> str:
@@ -438,7 +445,10 @@ def apply(
         raise PlanError("the plan keeps every layer; there is nothing to apply")
     with clock.step("rewrite"):
         selection = carry_out(problem, choices)
-    selection = _refined(problem, settings, selection, clock, progress)
+    refits = [
+        problem.by_name[row["site"]] for row in content["sites"] if row["decision"] == "kept" and row.get("refit")
+    ]
+    selection = _refined(problem, settings, selection, refits, clock, progress)
     reasons = {row["site"]: row.get("reason") or "kept by hand" for row in content["sites"] if row not in rows}
     kept = reasons_for_kept(problem.sites, choices, reasons, "the plan does not name it")
     planned = Planned(selection, tuple(choice.proposal for choice in choices), kept)
@@ -616,7 +626,7 @@ def sweep(
         except TargetError as error:
             missed.append(str(error))
             continue
-        selection = _refined(problem, settings, chosen, clock, progress)
+        selection = _refined(problem, settings, chosen, sites, clock, progress)
         measured = measure(problem, selection, progress)
         save(selection.built.proto, place / name, problem.model.folder)
         points.append(frontier_point(problem, selection.cost, measured, f"keep {target.value:.2f}", target.value, name))

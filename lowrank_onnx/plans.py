@@ -44,6 +44,8 @@ def plan_to_dict(plan: Plan, sites: Sequence[Site]) -> dict[str, Any]:
             continue
         else:
             row |= {"decision": "kept", "reason": plan.refusals.get(site.name, "kept by hand")}
+            if site.name in plan.refits:
+                row["refit"] = True
         rows.append(row)
     return {
         "lowrank_onnx_plan": FORMAT,

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_onnx.base import Candidate, Replacement, Site, Use
+from lowrank_onnx.base import Candidate, Replacement, Site
 from lowrank_onnx.batches import batches
-from lowrank_onnx.chains import linear_chain
-from lowrank_onnx.conv_chains import Link, blocks_of, convolution_chain
 from lowrank_onnx.data import Dataset
+from lowrank_onnx.kept import dense_node
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.model import Model
 from lowrank_onnx.proposals import Proposal
@@ -177,7 +176,7 @@ def _with_dense(model: Model, parts: Sequence[Site]) -> tuple[Any, dict[str, dic
         for use in part.uses:
             width = _outputs(part)
             bias = None if use.dynamic_bias else np.zeros(width) if use.bias is None else use.bias
-            entry = _dense_node(part, use, name, bias)
+            entry = dense_node(part, use, name, part.weight, bias)
             replacements.append(entry)
             if bias is not None:
                 made[f"{use.node}/bias"] = (use.node, bias)
@@ -190,14 +189,6 @@ def _outputs(part: Site) -> int:
     if part.kind != "convolution":
         return int(part.weight.shape[-1])
     return int(part.shape[1] * part.attributes["group"] if part.attributes["transposed"] else part.shape[0])
-
-
-def _dense_node(part: Site, use: Use, name: str, bias: Array | None) -> Replacement:
-    if part.kind != "convolution":
-        return linear_chain(part, use, [(name, part.weight)], bias)
-    shape = blocks_of(part.weight, part.attributes["group"], part.attributes["transposed"]).shape
-    link = Link("dense", tuple(range(part.weight.ndim - 2)), shape)
-    return convolution_chain(part, use, [link], [part.weight], bias)
 
 
 def _trials(proposal: Proposal, rivals: Sequence[Proposal]) -> list[tuple[Proposal, Candidate]]:

@@ -2,8 +2,9 @@
 
 Every factorized layer is fitted anew so that, on the inputs the compressed layers before it deliver, it
 gives what the original gave on the original inputs; where a residual sum follows, also what the skip path
-has lost by then. Ridge and mixing are chosen on held-out calibration samples, and so is whether the refit
-is kept at all: with few samples it can be worse than none.
+has lost by then. Layers behind that were kept dense are fitted in the same way. Ridge and mixing are chosen
+on held-out calibration samples, and so is whether the refit is kept at all: with few samples it can be worse
+than none.
 """
 
 from __future__ import annotations
@@ -17,31 +18,39 @@ import onnx_graphsurgeon as gs
 
 from lowrank_onnx.base import Factors, Moments, Site
 from lowrank_onnx.batches import batches
-from lowrank_onnx.building import Choice, build
+from lowrank_onnx.building import Choice, build, factorize
 from lowrank_onnx.data import Dataset
+from lowrank_onnx.kept import Kept
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.model import Model, Scope
 from lowrank_onnx.patches import as_linear
 from lowrank_onnx.probes import divergence, visible_outputs
 from lowrank_onnx.problem import Problem
+from lowrank_onnx.proposals import Proposal
 from lowrank_onnx.statistics import Progress, Rows, choose_rows, padding_mask, positions_of, row_layout
-from lowrank_onnx.stream import Stream, levels
+from lowrank_onnx.stream import Stream, levels, reads
 from lowrank_onnx.validation import safe_batch
 
 HELD_OUT = 0.2
 MIXES = (0.5, 1.0)
 RIDGES = (0.01, 0.1)
+REFITTED = "refitted"  # how the note of a layer begins that did change
 _LIVE_BYTES = 512 * 2**20  # of the widest layer's inputs, in both streams
 _FEWEST = 5  # samples; below that nothing can be held out
 
 
 @dataclass(frozen=True, eq=False)
 class Refined:
-    """New factors by site, the choices with their new errors, and what became of each layer."""
+    """New factors by site, the choices with their new errors, and what became of each layer.
+
+    Attributes:
+        kept: Layers without a choice whose dense weights were fitted anew; ``notes`` has every one that was tried.
+    """
 
     choices: tuple[Choice, ...]
     factors: Mapping[str, Factors]
     notes: Mapping[str, str]
+    kept: tuple[Choice, ...] = ()
 
 
 @dataclass
@@ -85,8 +94,12 @@ def refine(
     factors: Mapping[str, Factors],
     mask: str | None,
     progress: Progress | None,
+    kept: Sequence[Site] = (),
 ) -> Refined:
     """Refit the factors of a plan on the inputs its own model delivers.
+
+    Args:
+        kept: Sites whose dense weights may change as well, where no choice covers them.
 
     Returns:
         The given factors where there are too few samples, or where the held-out samples say that refitting
@@ -94,6 +107,10 @@ def refine(
     """
     unchanged = Refined(tuple(choices), factors, {})
     data = problem.calibrate
+    given = len(choices)
+    if data is not None:
+        dense_choices = _behind(problem.model, choices, kept, len(data))
+        choices, factors = [*choices, *dense_choices], {**factors, **factorize(dense_choices)}
     places = [place for place, choice in enumerate(choices) if _is_refittable(choice)]
     if data is None or not places or len(data) < _fewest([choices[place] for place in places]):
         return unchanged
@@ -133,8 +150,30 @@ def refine(
             if progress is not None:
                 progress("refine", done, len(places))
     if not _helped(dense, small, start, masks, seen):
-        return Refined(tuple(choices), factors, dict.fromkeys(notes, "refitting did not help on held-out samples"))
-    return Refined(tuple(fresh), made, notes)
+        told = dict.fromkeys(notes, "refitting did not help on held-out samples")
+        return dataclasses.replace(unchanged, notes=told)
+    changed = [choice for choice in fresh[given:] if notes[choice.proposal.site.name].startswith(REFITTED)]
+    return Refined(tuple(fresh[:given]), made, notes, tuple(changed))
+
+
+def _behind(model: Model, choices: Sequence[Choice], kept: Sequence[Site], samples: int) -> list[Choice]:
+    """The sites without a choice that get other inputs once the choices are carried out."""
+    technique = Kept()
+    main: Scope = model.scopes[0]
+    changed = {use.output for choice in choices for part in _targets(choice) for use in part.uses}
+    for node in main.graph.node:  # in order
+        if changed.intersection(reads(node)):
+            changed.update(node.output)
+    covered = {name for choice in choices for name in choice.proposal.site.covers}
+    made = []
+    for site in kept:
+        few = samples < _FEWEST and site.kind != "convolution"
+        if site.kind not in technique.kinds or site.name in covered or few or technique.refuse(site):
+            continue
+        if site.uses[0].input in changed:
+            candidate = technique.candidate(site, None, ())
+            made.append(Choice(Proposal(site, technique, None, (candidate,)), candidate))
+    return made
 
 
 def _fewest(choices: Sequence[Choice]) -> int:
@@ -238,7 +277,7 @@ def _refit(choice: Choice, factors: Factors, train: _Sums, held: _Sums, plain: _
     if setting is not None:
         mix, ridge = setting
         factors = technique.refit(site, choice.candidate, factors, _mixed(choice, factors, everything, mix), ridge)
-        note = f"refitted, mix {mix:g}, ridge {ridge:g}"
+        note = f"{REFITTED}, mix {mix:g}, ridge {ridge:g}"
     wanted = everything.target_energy
     told = float(np.sqrt(max(error(factors, everything), 0.0) / wanted)) if wanted > 0 else 0.0
     candidate = dataclasses.replace(choice.candidate, output_error=told, weight_error=_weight_error(choice, factors))

@@ -286,6 +286,7 @@ def _warnings(problem: Problem) -> list[str]:
 def _sites(problem: Problem, planned: Any) -> list[dict[str, Any]]:
     chosen = {choice.proposal.site.name: choice for choice in planned.selection.choices}
     covered = {name for choice in planned.selection.choices for name in choice.proposal.site.parts}
+    changed = {choice.proposal.site.name: choice.candidate for choice in planned.selection.kept}
     rows = []
     for site in problem.sites:
         if site.name in chosen:
@@ -293,7 +294,8 @@ def _sites(problem: Problem, planned: Any) -> list[dict[str, Any]]:
             row = _factorized(choice.proposal, choice.candidate, problem.calibrate is not None)
             rows.append({**row, "refined": planned.selection.notes.get(site.name)})
         elif not site.parts and site.name not in covered:
-            rows.append(_kept(site, planned.refusals[site.name]))
+            row = _kept(site, planned.refusals[site.name], changed.get(site.name))
+            rows.append({**row, "refined": planned.selection.notes.get(site.name)})
     return rows
 
 
@@ -325,14 +327,17 @@ def _factorized(proposal: Proposal, candidate: Candidate, data: bool) -> dict[st
     return row if sigma is None else row | {"spectrum": _spectrum(sigma, data and candidate.output_error is not None)}
 
 
-def _kept(site: Site, reason: str) -> dict[str, Any]:
+def _kept(site: Site, reason: str, refitted: Candidate | None) -> dict[str, Any]:
+    """A layer that stays dense; ``refitted`` where its weights are others now."""
+    if refitted is not None:
+        reason = f"{reason}; its weights were refitted to what the compressed layers before it deliver"
     return _site(site) | {
         "decision": "kept",
         "technique": None,
         "ranks": None,
         "reason": reason,
-        "weight_error": None,
-        "output_error": None,
+        "weight_error": None if refitted is None else refitted.weight_error,
+        "output_error": None if refitted is None else refitted.output_error,
         "parameters_after": site.parameters,
         "macs_after": site.macs,
     }

@@ -26,7 +26,7 @@ ORDER = """
     sites
     cost batches feeds chains patches
     conv_chains
-    statistics stream rewrite
+    statistics stream rewrite kept
     allocation target plans
     validation
     problem proposals

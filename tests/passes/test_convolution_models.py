@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import ModelProto
 
-from lowrank_onnx.pipeline import Result, compress
+from lowrank_onnx.pipeline import Result, apply, compress
 from tests.builders import Array, answers, build, difference, problem
 from tests.test_contract import kernel
 
@@ -98,3 +99,55 @@ def test_dense_probes_give_the_original() -> None:
     posed = problem(net(), {"x": images(4)})
     proto, _ = _with_dense(posed.model, list(posed.sites))
     assert difference(answers(proto, {"x": images(4)})["y"], answers(net(), {"x": images(4)})["y"]) < 1e-6
+
+
+HEAD = """{
+    a = Conv<pads=[1,1,1,1]>(x, u, c)   b = Relu(a)   d = Conv<pads=[1,1,1,1]>(b, v)   e = Relu(d)
+    f = GlobalAveragePool(e)   g = Flatten(f)   y = Gemm(g, w, c) }"""
+
+
+def classifier() -> ModelProto:
+    """Two convolutions and a layer that spatial does not take."""
+    constants = {"u": kernel(16, 16, 3, 3), "v": 2 * kernel(16, 16, 3, 3), "w": kernel(16, 16, 1, 1)[..., 0, 0]}
+    constants["c"] = np.linspace(-0.1, 0.1, 16, dtype=np.float32)
+    return build(f"g (float[n,16,h,w] x) => (float[n,16] y) {HEAD}", constants)
+
+
+def test_a_layer_that_stays_dense_takes_over_what_others_lost() -> None:
+    data, unseen = {"x": images(80)}, images(120)[80:]
+    expected = answers(classifier(), {"x": unseen})["y"]
+
+    def made(**options: Any) -> Result:
+        return run(classifier(), data, 0.4, technique=["spatial"], **options)
+
+    whole = made()
+    kept = whole.report["sites"][-1]
+    assert kept["decision"] == "kept" and kept["weight_error"] > 0 and "refitted" in kept["reason"]
+    assert kept["parameters_after"] == kept["parameters_before"]
+    assert whole.plan["sites"][-1]["refit"] is True
+    untouched = made(exclude=[kept["name"]])
+    assert untouched.report["sites"][-1]["weight_error"] is None
+    assert "refit" not in untouched.plan["sites"][-1]
+    assert difference(stored_head(untouched.model), stored_head(classifier())) == 0
+    errors = [difference(answers(entry.model, {"x": unseen})["y"], expected) for entry in (whole, untouched)]
+    assert errors[0] < 0.95 * errors[1]
+
+
+def stored_head(proto: ModelProto) -> Array:
+    """The matrix of the last layer."""
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    return constants[proto.graph.node[-1].input[1]]
+
+
+def test_a_plan_with_refitted_dense_layers_gives_the_same_bytes() -> None:
+    data = {"x": images(40)}
+    first = run(classifier(), data, 0.4, technique=["spatial"])
+    again = apply(classifier(), first.plan, calibrate=data, threads=1)
+    assert again.model.SerializeToString(deterministic=True) == first.model.SerializeToString(deterministic=True)
+    by_hand = {**first.plan, "sites": [{**row, "refit": False} for row in first.plan["sites"]]}
+    assert (
+        difference(
+            stored_head(apply(classifier(), by_hand, calibrate=data, threads=1).model), stored_head(classifier())
+        )
+        == 0
+    )
