@@ -254,6 +254,14 @@ class Pass(ABC):
             ridge: In units of the mean diagonal of ``moments.gram``.
         """
 
+    def kept_layers(self, site: Site, factors: Factors) -> tuple[Site, ...]:
+        """The layers ahead of the targets that stay dense, as they are in the rewritten graph; refitted as well."""
+        return ()
+
+    def with_kept(self, site: Site, factors: Factors, layer: str, fitted: Factors) -> Factors:
+        """The factors with a new ``weight`` and ``bias:<node>`` for one of ``kept_layers``."""
+        raise NotImplementedError(f"{self.name} keeps no layer")
+
     def delivered(self, factors: Factors, rows: Array) -> Array:
         """What the last factors would read of original input rows (n, K) of the targets; all of it, mostly."""
         return rows

@@ -78,6 +78,14 @@ _jobs = click.option("--jobs", type=click.IntRange(1), default=1, show_default=T
 _refine = click.option(
     "--no-refine", "refine", is_flag=True, flag_value=False, default=True, help="Do not refit the factors."
 )
+_augment = click.option(
+    "--no-augment",
+    "augment",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Calibrate text on the given samples alone, without copies with exchanged tokens.",
+)
 _minimize = click.option(
     "--minimize",
     type=click.Choice(OBJECTIVES),
@@ -138,6 +146,7 @@ def cli() -> None:
 @_runtime
 @_seed
 @_jobs
+@_augment
 @_cache
 @_json
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="HTML page.")
@@ -168,6 +177,7 @@ def inspect(model: Path, json_file: Path | None, html: Path | None, overwrite: b
 @_seed
 @_jobs
 @_refine
+@_augment
 @_minimize
 @_cache
 @_report
@@ -199,6 +209,7 @@ def compress(
 @_seed
 @_jobs
 @_refine
+@_augment
 @_minimize
 @_cache
 @_report
@@ -305,6 +316,7 @@ def benchmark(models: tuple[Path, ...], json_file: Path | None, overwrite: bool,
 @_seed
 @_jobs
 @_refine
+@_augment
 @_cache
 @_overwrite
 def sweep(model: Path, folder: Path, budgets: str | None, **options: Any) -> None:

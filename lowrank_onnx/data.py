@@ -78,6 +78,13 @@ class Column:
         spans = [np.arange(self.starts[i], self.starts[i + 1]) for i in indices]
         return Column(_frozen(self.array[np.concatenate(spans)]), _starts([len(span) for span in spans]))
 
+    def followed_by(self, array: Array) -> Column:
+        """Return the column and, behind it, as many samples again whose rows are in ``array``."""
+        joined = _frozen(np.concatenate([self.array, array]))
+        if self.starts is None:
+            return Column(joined, None)
+        return Column(joined, _frozen(np.concatenate([self.starts, self.starts[1:] + self.starts[-1]])))
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -143,6 +150,16 @@ class Dataset:
             MappingProxyType({name: column.take(indices) for name, column in self.per_sample.items()}),
             MappingProxyType({}),
             self.batchable,
+        )
+
+    def doubled(self, changed: Mapping[str, Array]) -> Dataset:
+        """Return the samples followed by the same samples once more, with other rows for some inputs.
+
+        Arrays that are no input are left out: they belong to the samples as they were.
+        """
+        inputs = {name: column.followed_by(changed.get(name, column.array)) for name, column in self.inputs.items()}
+        return Dataset(
+            self.source, MappingProxyType(inputs), MappingProxyType({}), MappingProxyType({}), self.batchable
         )
 
     @cached_property

@@ -108,6 +108,7 @@ class Settings:
         mask: Input that marks real rows.
         jobs: Workers for decompositions.
         refine: Refit the factors on what the compressed model delivers.
+        augment: Calibrate text on samples with exchanged tokens as well.
         minimize: What ``max_drop`` makes as small as it can: latency, macs, size or params.
         cache: Use and keep what was measured in earlier runs.
     """
@@ -118,6 +119,7 @@ class Settings:
     mask: str | None = None
     jobs: int = 1
     refine: bool = True
+    augment: bool = True
     minimize: str = "latency"
     cache: bool = True
 
@@ -159,10 +161,10 @@ class Planned:
 def _observe(
     problem: Problem, settings: Settings, clock: Clock, progress: Progress | None
 ) -> dict[str, dict[str, Moments]]:
-    if problem.calibrate is None:
+    if problem.training is None:
         return {}
     with clock.step("observe"):
-        return observe(problem.model, problem.sites, problem.calibrate, problem.runtime, settings.mask, progress)
+        return observe(problem.model, problem.sites, problem.training, problem.runtime, settings.mask, progress)
 
 
 def _decide(
@@ -302,6 +304,7 @@ def compress(
     seed: int = 0,
     jobs: int = 1,
     refine: bool = True,
+    augment: bool = True,
     minimize: str = "latency",
     cache: bool = True,
     progress: Progress | None = None,
@@ -325,6 +328,7 @@ def compress(
         seed: Same seed, same bytes.
         jobs: Workers for decompositions.
         refine: Refit the factors on what the compressed model delivers; needs calibration data.
+        augment: Where the data show little of a vocabulary, calibrate on copies with exchanged tokens as well.
         minimize: What ``max_drop`` makes as small as it can: ``latency``, ``macs``, ``size`` or ``params``.
         cache: Use and keep what was measured in earlier runs.
         progress: Called with (step, done, total).
@@ -343,12 +347,12 @@ def compress(
         "max_drop": max_drop,
     }
     wish = read_target({**wishes, **{name: value for name, value in (target or {}).items()}})
-    settings = Settings(tuple(technique), tuple(include), tuple(exclude), mask, jobs, refine, minimize, cache)
+    settings = Settings(tuple(technique), tuple(include), tuple(exclude), mask, jobs, refine, augment, minimize, cache)
     if minimize not in OBJECTIVES:
         raise LowRankError(f"minimize must be one of {', '.join(OBJECTIVES)}, got '{minimize}'")
     settings.passes()  # a typing error must not wait for the data
     with clock.step("load"):
-        problem = pose(model, Runtime(provider, threads), calibrate, evaluate, metric, shape, seed)
+        problem = pose(model, Runtime(provider, threads), calibrate, evaluate, metric, shape, seed, mask, augment)
     statistics = _observe(problem, settings, clock, progress)
     planned = _decide(problem, wish, settings, statistics, clock, progress)
     return _finish(problem, wish, settings, planned, clock, progress)
@@ -376,6 +380,7 @@ def _as_plan(problem: Problem, target: Target, settings: Settings, planned: Plan
         "provider": problem.runtime.provider,
         "seed": problem.seed,
         "refine": settings.refine,
+        "augment": settings.augment,
     }
     choices = tuple(choice.candidate for choice in planned.selection.choices)
     refits = planned.selection.notes.keys() - {candidate.site for candidate in choices}
@@ -428,10 +433,13 @@ def apply(
                 f"the plan needs its calibration data '{source['source']}', which are missing; give --calibrate"
             )
     techniques, refining = tuple(setting.get("techniques", ())), bool(setting.get("refine", True))
-    settings = Settings(techniques, mask=setting.get("mask"), jobs=jobs, refine=refining)
+    settings = Settings(
+        techniques, mask=setting.get("mask"), jobs=jobs, refine=refining, augment=bool(setting.get("augment", True))
+    )
     with clock.step("load"):
         runtime = Runtime(setting.get("provider", "cpu"), threads)
-        problem = pose(opened, runtime, calibrate, evaluate, metric, shape, int(setting.get("seed", 0)))
+        seed = int(setting.get("seed", 0))
+        problem = pose(opened, runtime, calibrate, evaluate, metric, shape, seed, settings.mask, settings.augment)
     if source is not None and problem.calibrate is not None and problem.calibrate.sha256 != source["sha256"]:
         raise PlanError(
             f"the plan was made with other calibration data (digest {source['sha256'][:12]}…, found "
@@ -484,6 +492,7 @@ def inspect(
     shape: Sequence[str] = (),
     seed: int = 0,
     jobs: int = 1,
+    augment: bool = True,
     cache: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -494,7 +503,7 @@ def inspect(
     clock = Clock()
     settings = Settings(tuple(technique), mask=mask, jobs=jobs)
     passes = settings.passes()
-    problem = pose(model, Runtime(provider, threads), calibrate, None, None, shape, seed)
+    problem = pose(model, Runtime(provider, threads), calibrate, None, None, shape, seed, mask, augment)
     statistics = _observe(problem, settings, clock, progress)
     proposals, reasons = propose(problem.sites, passes, statistics, None, jobs)
     curves: Mapping[int, Curve] = {}
@@ -587,6 +596,7 @@ def sweep(
     seed: int = 0,
     jobs: int = 1,
     refine: bool = True,
+    augment: bool = True,
     cache: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -608,9 +618,9 @@ def sweep(
     """
     clock = Clock()
     targets = [read_target({f"keep_{by}": budget}) for budget in sorted(set(budgets), reverse=True)]
-    settings = Settings(tuple(technique), tuple(include), tuple(exclude), mask, jobs, refine, cache=cache)
+    settings = Settings(tuple(technique), tuple(include), tuple(exclude), mask, jobs, refine, augment, cache=cache)
     place = Path(folder)
-    problem = pose(model, Runtime(provider, threads), calibrate, evaluate, metric, shape, seed)
+    problem = pose(model, Runtime(provider, threads), calibrate, evaluate, metric, shape, seed, mask, augment)
     names = [f"keep_{target.value:.2f}.onnx" for target in targets]
     _prepare_folder(place, [*names, *FRONTIER_FILES], problem, overwrite)
     statistics = _observe(problem, settings, clock, progress)

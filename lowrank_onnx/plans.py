@@ -106,6 +106,7 @@ def _check_setting(setting: Mapping[str, Any]) -> None:
         "seed": (type(setting.get("seed", 0)) is int, "a whole number"),
         "target": (isinstance(setting.get("target", {}), dict), "an object such as {'keep_macs': 0.5}"),
         "provider": (isinstance(setting.get("provider", "cpu"), str), "a name"),
+        "augment": (isinstance(setting.get("augment", True), bool), "true or false"),
         "mask": (isinstance(setting.get("mask"), str | None), "the name of an input, or null"),
         "techniques": (
             isinstance(techniques, list) and all(isinstance(entry, str) for entry in techniques),

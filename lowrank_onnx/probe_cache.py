@@ -23,6 +23,7 @@ def cached_probe(
         "what": f"damage {__version__}",
         "model": problem.model.digest,
         "data": problem.calibrate.sha256,
+        "augmented": problem.training is not problem.calibrate,
         "mask": mask,
         "seed": problem.seed,
         "samples": SAMPLES,

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 
+from lowrank_onnx.augment import exchange_tokens
 from lowrank_onnx.base import Site
 from lowrank_onnx.cost import Cost, model_cost
 from lowrank_onnx.data import Dataset, InputSpec, load_data
@@ -31,6 +32,7 @@ class Problem:
     Attributes:
         session: The original model, open on the chosen provider.
         calibrate, evaluate: Data; None where none were given.
+        training: What statistics are taken from: the calibration data, and behind them what was made of them.
         feeds: The inputs for shapes and timing; None where the model leaves axes open and nothing fixes them.
         unfed: Why there are no feeds.
         shapes: Shapes of tensors with those inputs.
@@ -44,6 +46,7 @@ class Problem:
     session: Any
     calibrate: Dataset | None
     evaluate: Dataset | None
+    training: Dataset | None
     metric: Metric | None
     feeds: Feeds | None
     unfed: str
@@ -93,8 +96,13 @@ def pose(
     metric: str | Metric | None = None,
     shape: Sequence[str] = (),
     seed: int = 0,
+    mask: str | None = None,
+    augment: bool = True,
 ) -> Problem:
     """Load everything a run needs, and check it.
+
+    Args:
+        augment: Whether samples may be made of the given ones, where those show little of a vocabulary.
 
     Raises:
         LowRankError: Model, data, metric or shapes are wrong; see the modules that load them.
@@ -122,17 +130,22 @@ def pose(
             raise
         # Made-up inputs need not suit a model; parameters and size can be counted all the same.
         feeds, unfed, shapes = None, str(error), static_shapes(model)
+    sites = tuple(find_sites(model, shapes))
+    training = known = data["--calibrate"]
+    if known is not None and augment:
+        training = exchange_tokens(known, sites, mask, seed) or known
     return Problem(
         model=model,
         runtime=runtime,
         session=session,
         calibrate=data["--calibrate"],
         evaluate=data["--evaluate"],
+        training=training,
         metric=chosen,
         feeds=feeds,
         unfed=unfed,
         shapes=shapes,
-        sites=tuple(find_sites(model, shapes)),
+        sites=sites,
         cost=model_cost(model, shapes, model.size_bytes),
         seed=seed,
     )

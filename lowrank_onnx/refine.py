@@ -19,7 +19,6 @@ import onnx_graphsurgeon as gs
 from lowrank_onnx.base import Factors, Moments, Site
 from lowrank_onnx.batches import batches
 from lowrank_onnx.building import Choice, build, factorize
-from lowrank_onnx.data import Dataset
 from lowrank_onnx.kept import Kept
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.model import Model, Scope
@@ -106,15 +105,16 @@ def refine(
         made the model's output worse.
     """
     unchanged = Refined(tuple(choices), factors, {})
-    data = problem.calibrate
+    data = problem.training
+    samples = 0 if problem.calibrate is None else len(problem.calibrate)
     given = len(choices)
     if data is not None:
-        dense_choices = _behind(problem.model, choices, kept, len(data))
+        dense_choices = _behind(problem.model, choices, kept, samples)
         choices, factors = [*choices, *dense_choices], {**factors, **factorize(dense_choices)}
     places = [place for place, choice in enumerate(choices) if _is_refittable(choice)]
-    if data is None or not places or len(data) < _fewest([choices[place] for place in places]):
+    if data is None or not places or samples < _fewest([choices[place] for place in places]):
         return unchanged
-    train, held = _split(problem, [choices[place] for place in places], data)
+    train, held = _split(problem, [choices[place] for place in places], samples, len(data) // samples)
     size = min(safe_batch(problem.session, data), 16)
     groups = [list(batch) for part in (train, held) for batch in _chunks(part, size)]
     seen = len(list(_chunks(train, size)))
@@ -123,37 +123,75 @@ def refine(
     small = Stream(built.proto, data, groups, problem.runtime, problem.model.folder)
     masks = [padding_mask(entry, mask) for entry in dense.values]
     start = small.fork()
-    skips = {place: _residual(problem.model, choices[place]) for place in places}
     made = dict(factors)
     notes: dict[str, str] = {}
     fresh = list(choices)
+    tasks = [task for place in places for task in _tasks(problem.model, place, choices[place], factors)]
     done = 0
-    for group in levels(dense, [(place, _targets(choices[place])) for place in places]):
+    for group in levels(dense, [(number, _targets(task.choice)) for number, task in enumerate(tasks)]):
         names = [members[0].uses[0].input for _, members in group]
-        dense.advance([*names, *filter(None, (skips[place] for place, _ in group))])
-        small.advance([*names, *filter(None, (skips[place] for place, _ in group))])
-        for place, members in group:
+        skips = [tasks[number].skip for number, _ in group if tasks[number].skip]
+        dense.advance([*names, *skips])
+        small.advance([*names, *skips])
+        for number, members in group:
+            task = tasks[number]
+            site, technique = choices[task.place].proposal.site, task.choice.proposal.technique
+            now = factorize([task.choice])[task.choice.proposal.site.name] if task.layer else made[site.name]
             train_sums, held_sums, plain_sums = _Sums(), _Sums(), _Sums()
-            name = choices[place].proposal.site.name
-            technique = choices[place].proposal.technique
-            for number, keep in enumerate(masks):
-                rows = _rows(members, dense.values[number], keep, number, len(groups[number]), len(train) + len(held))
-                x, source, t = _values(members, dense.values[number], small.values[number], rows)
-                if number < seen:
-                    plain_sums.add(technique.delivered(made[name], source), t)
-                t = t + _lost(skips[place], t, dense.values[number], small.values[number], rows)
-                (train_sums if number < seen else held_sums).add(x, t)
-            answer = _refit(choices[place], made[name], train_sums, held_sums, plain_sums)
-            made[name], fresh[place], notes[name] = answer
-            small.set_initializers(_constants(choices[place], made[name]))
+            for batch, keep in enumerate(masks):
+                rows = _rows(members, dense.values[batch], keep, batch, len(groups[batch]), len(train) + len(held))
+                x, source, t = _values(members, dense.values[batch], small.values[batch], rows)
+                if batch < seen:
+                    plain_sums.add(technique.delivered(now, source), t)
+                t = t + _lost(task.skip, t, dense.values[batch], small.values[batch], rows)
+                (train_sums if batch < seen else held_sums).add(x, t)
+            fitted, choice, note = _refit(task.choice, now, train_sums, held_sums, plain_sums)
+            if not task.layer:
+                made[site.name], fresh[task.place], notes[site.name] = fitted, choice, note
+            elif note.startswith(REFITTED):
+                made[site.name] = choices[task.place].proposal.technique.with_kept(
+                    site, made[site.name], task.layer, fitted
+                )
+            small.set_initializers(_constants(choices[task.place], made[site.name]))
             done += 1
             if progress is not None:
-                progress("refine", done, len(places))
+                progress("refine", done, len(tasks))
     if not _helped(dense, small, start, masks, seen):
         told = dict.fromkeys(notes, "refitting did not help on held-out samples")
         return dataclasses.replace(unchanged, notes=told)
     changed = [choice for choice in fresh[given:] if notes[choice.proposal.site.name].startswith(REFITTED)]
     return Refined(tuple(fresh[:given]), made, notes, tuple(changed))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One refit.
+
+    Attributes:
+        place: Of the choice it belongs to.
+        choice: That choice; or, for a layer it keeps dense, a stand-in with that layer as its site.
+        layer: Name of the layer kept dense; empty for the choice itself.
+        skip: The tensor that is added right behind; empty where there is none.
+    """
+
+    place: int
+    choice: Choice
+    layer: str
+    skip: str
+
+
+def _tasks(model: Model, place: int, choice: Choice, factors: Mapping[str, Factors]) -> list[_Task]:
+    """What to refit of one choice: the layers it keeps dense, then its targets."""
+    site, technique = choice.proposal.site, choice.proposal.technique
+    layers = technique.kept_layers(site, factors[site.name])
+    tasks = [_Task(place, _as_choice(layer), layer.name, "") for layer in layers]
+    return [*tasks, _Task(place, choice, "", _residual(model, choice))]
+
+
+def _as_choice(site: Site) -> Choice:
+    """To keep a layer dense, with weights fitted anew."""
+    candidate = Kept().candidate(site, None, ())
+    return Choice(Proposal(site, Kept(), None, (candidate,)), candidate)
 
 
 def _behind(model: Model, choices: Sequence[Choice], kept: Sequence[Site], samples: int) -> list[Choice]:
@@ -171,8 +209,7 @@ def _behind(model: Model, choices: Sequence[Choice], kept: Sequence[Site], sampl
         if site.kind not in technique.kinds or site.name in covered or few or technique.refuse(site):
             continue
         if site.uses[0].input in changed:
-            candidate = technique.candidate(site, None, ())
-            made.append(Choice(Proposal(site, technique, None, (candidate,)), candidate))
+            made.append(_as_choice(site))
     return made
 
 
@@ -191,13 +228,19 @@ def _targets(choice: Choice) -> tuple[Site, ...]:
     return tuple(as_linear(site) for site in choice.proposal.technique.targets(choice.proposal.site))
 
 
-def _split(problem: Problem, choices: Sequence[Choice], data: Dataset) -> tuple[list[int], list[int]]:
-    """Draw the samples used, as many as memory allows, and hold some of them out."""
+def _split(problem: Problem, choices: Sequence[Choice], samples: int, copies: int) -> tuple[list[int], list[int]]:
+    """Draw the samples used, as many as memory allows, and hold some of them out.
+
+    Args:
+        samples: How many real ones there are.
+        copies: How often they stand in the data; what was made of a sample stands ``samples`` behind it.
+    """
     widest = max(4 * int(np.prod(part.uses[0].input_shape or (1,))) for choice in choices for part in _targets(choice))
-    count = int(np.clip(_LIVE_BYTES // (2 * widest), min(_FEWEST, len(data)), len(data)))
-    picked = np.random.default_rng(problem.seed).permutation(len(data))[:count]
+    count = int(np.clip(_LIVE_BYTES // (2 * widest * copies), min(_FEWEST, samples), samples))
+    picked = np.random.default_rng(problem.seed).permutation(samples)[:count]
     held = max(int(HELD_OUT * count), 1)
-    return sorted(picked[held:].tolist()), sorted(picked[:held].tolist())
+    train = [place + copy * samples for copy in range(copies) for place in sorted(picked[held:].tolist())]
+    return train, sorted(picked[:held].tolist())
 
 
 def _chunks(indices: Sequence[int], size: int) -> list[list[int]]:

@@ -16,6 +16,7 @@ import numpy as np
 from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish, Replacement, Site
 from lowrank_onnx.chains import linear_chain, store
 from lowrank_onnx.decompositions.selection import UnitOrder, order_units, refit_selected
+from lowrank_onnx.kept import Kept
 from lowrank_onnx.linalg import Array, regression
 from lowrank_onnx.passes.svd import grid_step
 
@@ -105,16 +106,15 @@ class Feedforward(Pass):
 
     def emit(self, site: Site, candidate: Candidate, factors: Factors) -> Sequence[Replacement]:
         """See Pass.emit."""
-        chosen = factors["chosen"]
         replacements = []
         for part in site.attributes["into"]:
-            use = part.uses[0]
-            bias = None if use.bias is None else use.bias[chosen]
-            replacements.append(linear_chain(part, use, [(f"{part.name}/units", part.weight[:, chosen])], bias))
+            made = _cut(part, factors)
+            (use,) = made.uses
+            replacements.append(linear_chain(part, use, [(f"{part.name}/units", made.weight)], use.bias))
         last = site.attributes["out"]
-        made = linear_chain(last, last.uses[0], [(f"{last.name}/units", factors["out"])], factors["bias"])
+        end = linear_chain(last, last.uses[0], [(f"{last.name}/units", factors["out"])], factors["bias"])
         between = tuple(site.attributes["between"]) + tuple(part.uses[0].raw_output for part in site.attributes["into"])
-        return [*replacements, dataclasses.replace(made, reshaped=between)]
+        return [*replacements, dataclasses.replace(end, reshaped=between)]
 
     def targets(self, site: Site) -> tuple[Site, ...]:
         """See Pass.targets."""
@@ -128,6 +128,15 @@ class Feedforward(Pass):
         out = regression(gram, cross, factors["out"].astype(np.float64), ridge)
         bias = _bias(site) + moments.target_mean - moments.mean @ out
         return {**factors, "out": store(out, site), "bias": store(bias, site)}
+
+    def kept_layers(self, site: Site, factors: Factors) -> tuple[Site, ...]:
+        """See Pass.kept_layers."""
+        return tuple(_cut(part, factors) for part in site.attributes["into"] if Kept().refuse(part) is None)
+
+    def with_kept(self, site: Site, factors: Factors, layer: str, fitted: Factors) -> Factors:
+        """See Pass.with_kept."""
+        biases = {f"bias:{layer}": value for role, value in fitted.items() if role.startswith("bias:")}
+        return {**factors, f"weight:{layer}": fitted["weight"], **biases}
 
     def delivered(self, factors: Factors, rows: Array) -> Array:
         """See Pass.delivered."""
@@ -152,6 +161,15 @@ class Feedforward(Pass):
         weight[factors["chosen"]] = factors["out"]
         out = site.attributes["out"]
         return {out.name: Dense(weight, {out.uses[0].node: factors["bias"]})}
+
+
+def _cut(part: Site, factors: Factors) -> Site:
+    """A layer in with the chosen units only, as it stands in the factors."""
+    chosen = factors["chosen"]
+    use = part.uses[0]
+    bias = factors.get(f"bias:{part.name}", None if use.bias is None else use.bias[chosen])
+    weight = factors.get(f"weight:{part.name}", part.weight[:, chosen])
+    return dataclasses.replace(part, weight=weight, uses=(dataclasses.replace(use, bias=bias),))
 
 
 def _bias(site: Site) -> Array:

@@ -29,6 +29,7 @@ ORDER = """
     statistics stream rewrite kept
     allocation target plans
     validation
+    augment
     problem proposals
     latency building probes
     probe_cache refine budget
