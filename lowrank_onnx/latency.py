@@ -127,6 +127,8 @@ def _region(model: Model, site: Site, shapes: Shapes) -> ModelProto | None:
     members = (*site.attributes.get("into", ()), site)
     inputs = {use.input for member in members for use in member.uses} - set(site.attributes.get("between", ()))
     outputs = [use.output for use in site.uses]
+    if "region" in site.attributes:
+        inputs, outputs = set(site.attributes["region"][0]), [site.attributes["region"][1]]
     wanted: set[str] = set()
     stack = list(outputs)
     while stack:

@@ -159,6 +159,8 @@ def _parts(site: Site) -> tuple[Site, ...]:
     """The single linear sites whose dense weights a probe of this site changes."""
     if site.kind == "feedforward":
         return (site.attributes["out"],)
+    if site.kind == "attention":  # what one layer of either half can tell of both; see Heads.dense_equivalent
+        return (site.attributes["parts"][0 if site.attributes["half"] == "scores" else 1],)
     return tuple(site.attributes["parts"]) if site.kind == "shared_input" else (site,)
 
 

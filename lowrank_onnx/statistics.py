@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto
 
-from lowrank_onnx.base import Moments, Site
+from lowrank_onnx.base import Moments, Site, Use
 from lowrank_onnx.batches import batches, can_batch
 from lowrank_onnx.data import Dataset
 from lowrank_onnx.errors import DataError
@@ -60,7 +60,7 @@ def observable(site: Site) -> bool:
     if site.kind == "convolution":
         return unseen(site) is None and all(not use.scope for use in site.uses)
     return (
-        site.kind in ("linear", "shared_input", "feedforward")
+        site.kind in ("linear", "shared_input", "feedforward", "attention")
         and site.weight.ndim == 2
         and site.weight.shape[0] <= WIDEST
         and all(not use.scope for use in site.uses)
@@ -92,7 +92,7 @@ def observe(
         ModelError: onnxruntime cannot run the model on the data.
     """
     chosen = [site for site in sites if observable(site)]
-    layouts = {(use.input, row_layout(site)): as_linear(site).weight.shape[0] for site in chosen for use in site.uses}
+    layouts = {(use.input, row_layout(site)): _width(site, use) for site in chosen for use in site.uses}
     sums = {key: MomentSums(width) for key, width in layouts.items()}
     shapes = {use.input: use.input_shape for site in chosen for use in site.uses}
     for group in _groups(layouts):
@@ -130,6 +130,13 @@ def expose(proto: ModelProto, names: Sequence[str]) -> ModelProto:
         if name not in known:
             copy.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
     return copy
+
+
+def _width(site: Site, use: Use) -> int:
+    """Length of the rows that meet a weight; the parts of an attention block may read tensors of two widths."""
+    if site.kind == "attention":
+        return int(next(part for part in site.attributes["parts"] if part.uses[0] is use).weight.shape[0])
+    return int(as_linear(site).weight.shape[0])
 
 
 Layout = str | Window

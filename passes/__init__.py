@@ -4,12 +4,13 @@ from lowrank_onnx.base import Pass
 from lowrank_onnx.passes.channel import Channel
 from lowrank_onnx.passes.cp import CP
 from lowrank_onnx.passes.feedforward import Feedforward
+from lowrank_onnx.passes.heads import Heads
 from lowrank_onnx.passes.shared_input import SharedInput
 from lowrank_onnx.passes.spatial import Spatial
 from lowrank_onnx.passes.svd import SVD
 from lowrank_onnx.passes.tensor_train import TensorTrain
 from lowrank_onnx.passes.tucker import Tucker
 
-PASSES: tuple[type[Pass], ...] = (SVD, SharedInput, Feedforward, Spatial, Channel, Tucker, CP, TensorTrain)
+PASSES: tuple[type[Pass], ...] = (SVD, SharedInput, Feedforward, Heads, Spatial, Channel, Tucker, CP, TensorTrain)
 
 __all__ = ["PASSES"]

@@ -25,7 +25,7 @@ ORDER = """
     sites.weights
     sites
     cost batches feeds chains patches
-    conv_chains
+    conv_chains head_chains
     statistics stream rewrite kept
     allocation target plans
     validation

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lowrank_onnx.base import Site
 from lowrank_onnx.model import Model
 from lowrank_onnx.shapes import Shapes
-from lowrank_onnx.sites import convolution, embedding, feedforward, linear, recurrent, shared_input
+from lowrank_onnx.sites import attention, convolution, embedding, feedforward, linear, recurrent, shared_input
 
 _FINDERS = (linear.find, convolution.find, embedding.find, recurrent.find)
 
@@ -19,5 +19,5 @@ def find_sites(model: Model, shapes: Shapes) -> list[Site]:
     order = {node.name: place for place, node in enumerate(n for scope in model.scopes for n in scope.graph.node)}
     found = [site for finder in _FINDERS for site in finder(model, shapes)]
     found.sort(key=lambda site: order[site.uses[0].node])
-    found += shared_input.find(found) + feedforward.find(model, found)
+    found += shared_input.find(found) + feedforward.find(model, found) + attention.find(model, shapes, found)
     return sorted(found, key=lambda site: order[site.uses[0].node])

@@ -1,0 +1,74 @@
+"""Nodes that change when the heads of an attention block get narrower: shapes and scales. None is added."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from lowrank_onnx.base import Replacement, Site
+from lowrank_onnx.sites.attention import Resize, Scale
+
+_AS_USUAL = 1e-3
+
+
+def narrowed(site: Site, width: int, chains: Sequence[Replacement]) -> Replacement:
+    """Join the chains of the layers of a site with its shapes and scales, for heads of another width."""
+    nodes = [node for chain in chains for node in chain.nodes]
+    remove = [name for chain in chains for name in chain.remove]
+    for resize in site.attributes["resizes"]:
+        nodes += _reshape(resize, width)
+        remove.append(resize.node)
+    share = query_gain(site, width) ** (1 / max(len(site.attributes["scales"]), 1))
+    if share != 1:
+        for scale in site.attributes["scales"]:
+            nodes.append(_scale(scale, share))
+            remove.append(scale.node)
+    (scope,) = {chain.scope for chain in chains}
+    return Replacement(scope, tuple(remove), tuple(nodes), reshaped=tuple(site.attributes["between"]))
+
+
+def query_gain(site: Site, width: int) -> float:
+    """What the queries are multiplied by, and the scale is divided by, for heads of a new width.
+
+    1 where the scale is not the usual ``1 / sqrt(width)``. Where it is, it stays the usual one of the new
+    width: optimizers that fuse attention drop it and take the usual one of the width they find.
+    """
+    scales: Sequence[Scale] = site.attributes["scales"]
+    old = site.attributes["width"]
+    total = float(np.prod([scale.factor for scale in scales]))
+    usual = bool(scales) and abs(total * np.sqrt(old) - 1) < _AS_USUAL
+    return float(np.sqrt(width / old)) if usual else 1.0
+
+
+def _reshape(resize: Resize, width: int) -> list[gs.Node]:
+    pieces: list[gs.Tensor] = []
+    for place, piece in enumerate(resize.pieces):
+        if isinstance(piece, str):
+            pieces.append(gs.Variable(piece))
+            continue
+        numbers = np.array(piece, np.int64)
+        if place == resize.piece:
+            numbers[resize.entry] = resize.unit * width
+        pieces.append(gs.Constant(f"{resize.node}/heads_shape{place or ''}", numbers))
+    nodes = []
+    target = pieces[0]
+    if len(pieces) > 1:
+        target = gs.Variable(f"{resize.node}/heads_target")
+        nodes.append(gs.Node("Concat", f"{resize.node}/heads_target", {"axis": 0}, pieces, [target]))
+    attributes = {"allowzero": resize.allowzero} if resize.allowzero else {}
+    output = gs.Variable(resize.output)
+    return [
+        *nodes,
+        gs.Node("Reshape", f"{resize.node}/heads", attributes, [gs.Variable(resize.input), target], [output]),
+    ]
+
+
+def _scale(scale: Scale, share: float) -> gs.Node:
+    # The queries were multiplied by the share: take it out of the factor again.
+    value = scale.value.astype(np.float64) * (share if scale.op == "Div" else 1 / share)
+    constant = gs.Constant(f"{scale.node}/heads_scale", np.asarray(value, scale.value.dtype))
+    return gs.Node(
+        scale.op, f"{scale.node}/heads", {}, [gs.Variable(scale.input), constant], [gs.Variable(scale.output)]
+    )

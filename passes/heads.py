@@ -1,0 +1,261 @@
+"""Narrower heads: no added node, and every product of an attention block smaller.
+
+    scores = (x Q_h + q_h)(x' K_h + k_h)ᵀ   becomes   (x Q_h A_h + q_h A_h)(x' K_h B_h + k_h B_h)ᵀ
+    y = Σ_h P_h (x' V_h + v_h) O_h + o      becomes   Σ_h P_h (x' V_h B_h + v_h B_h) O'_h + o'
+
+with A_h, B_h (d, r) in every head h, P_h the attention. The scores keep the best rank-r product on the data;
+the output layer is refitted on what the narrower values deliver.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish, Replacement, Site
+from lowrank_onnx.chains import linear_chain, store
+from lowrank_onnx.decompositions.heads import block_diagonal, score_bases, score_error, value_factors
+from lowrank_onnx.head_chains import narrowed, query_gain
+from lowrank_onnx.linalg import Array, regression, with_ridge
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The analysis of query and key, per head.
+
+    Attributes:
+        queries, keys: (H, d, d) moments of both; those of the keys centred.
+        mixed_q, mixed_k: (H, d, d) mixings, nested.
+        seen: Whether data were seen.
+    """
+
+    queries: Array
+    keys: Array
+    mixed_q: Array
+    mixed_k: Array
+    seen: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """The analysis of value and output: moments of what the heads deliver, all heads side by side.
+
+    Attributes:
+        gram: (H·d, H·d) centred.
+        mean: (H·d,)
+        energy: E|c W|², which errors are relative to.
+        seen: Whether data were seen.
+    """
+
+    gram: Array
+    mean: Array
+    energy: float
+    seen: bool
+
+
+@dataclass(frozen=True)
+class Heads(Pass):
+    """Keep the columns of every head that its scores, or its output, depend on most.
+
+    Options:
+        multiple: Offer only head widths divisible by this; 0 chooses 8 for wide heads, less for narrow ones.
+        ridge: Shrinkage towards the weights alone, in units of the mean variance of the input.
+    """
+
+    name = "heads"
+    kinds = ("attention",)
+    reference = "MoDeGPT, ICLR 2025, arXiv:2408.09632 (types II and III), joint over both weights"
+    multiple: int = 0
+    ridge: float = 0.001
+
+    def __post_init__(self) -> None:
+        if self.multiple < 0 or self.ridge < 0:
+            raise ValueError("multiple and ridge must not be negative")
+
+    def refuse(self, site: Site) -> str | None:
+        """See Pass.refuse."""
+        empty = [part.name for part in site.attributes["parts"] if not part.weight.any()]
+        return f"weight of '{empty[0]}' is all zeros" if empty else None
+
+    def analyse(self, site: Site, moments: Mapping[str, Moments] | None) -> Scores | Values:
+        """See Pass.analyse."""
+        if site.attributes["half"] == "scores":
+            return self._scores(site, moments)
+        return _values(site, moments)
+
+    def _scores(self, site: Site, moments: Mapping[str, Moments] | None) -> Scores:
+        query, key = site.attributes["parts"]
+        heads = site.attributes["heads"]
+        plain, ridged = [], []
+        for part, centred in ((query, False), (key, True)):
+            weight = part.weight.astype(np.float64)
+            entry = _entry(part, moments)
+            mean = np.zeros(weight.shape[1]) if centred else entry.mean @ weight + _bias(part)
+            covariance = entry.gram - np.outer(entry.mean, entry.mean)
+            for found, metric in ((plain, covariance), (ridged, with_ridge(covariance, self.ridge))):
+                found.append(_blocks(weight.T @ metric @ weight + np.outer(mean, mean), heads))
+        mixed_q, mixed_k, _ = score_bases(*ridged)
+        return Scores(*plain, mixed_q, mixed_k, moments is not None)
+
+    def ranks(self, site: Site, analysis: Scores | Values) -> Sequence[tuple[int, ...]]:
+        """See Pass.ranks."""
+        width = site.attributes["width"]
+        step = self.multiple or (8 if width >= 32 else 4 if width >= 16 else 2 if width >= 8 else 1)
+        return [(rank,) for rank in range(step, width, step)]
+
+    def candidate(self, site: Site, analysis: Scores | Values, ranks: tuple[int, ...]) -> Candidate:
+        """See Pass.candidate."""
+        (rank,) = ranks
+        width, heads = site.attributes["width"], site.attributes["heads"]
+        first, last = site.attributes["parts"]
+        # Stored biases shrink with the layers; counted when it is finished.
+        biases = [part for part in (first, last) if part.uses[0].bias is not None]
+        shrinking = biases if isinstance(analysis, Scores) else [part for part in biases if part is first]
+        new = last.weight.shape[1] if isinstance(analysis, Values) and last not in biases else 0
+        if isinstance(analysis, Scores):
+            mixed = analysis.mixed_q[:, :, :rank], analysis.mixed_k[:, :, :rank]
+            error = score_error(analysis.queries, analysis.keys, *mixed)
+        else:
+            error = _value_error(site, analysis, *self._reduced(site, analysis, rank))
+        return Candidate(
+            site=site.name,
+            technique=self.name,
+            ranks=ranks,
+            parameters=site.parameters // width * rank + new - sum(heads * (width - rank) for _ in shrinking),
+            macs=None if site.macs is None else site.macs // width * rank,
+            nodes=0,
+            weight_error=None if analysis.seen else error,
+            output_error=error if analysis.seen else None,
+        )
+
+    def _reduced(self, site: Site, analysis: Values, rank: int) -> tuple[Array, Array]:
+        weight = site.weight.astype(np.float64)
+        return value_factors(analysis.gram, weight, site.attributes["heads"], rank, self.ridge)
+
+    def factorize(self, site: Site, analysis: Scores | Values, candidate: Candidate) -> Factors:
+        """See Pass.factorize."""
+        (rank,) = candidate.ranks
+        if isinstance(analysis, Scores):
+            mixed_q, mixed_k = analysis.mixed_q[:, :, :rank], analysis.mixed_k[:, :, :rank]
+            return {"query": store(mixed_q, site), "key": store(mixed_k, site)}
+        mixing, out = self._reduced(site, analysis, rank)
+        return {
+            "value": store(mixing, site),
+            "out": store(out, site),
+            "bias": store(_out_bias(site, analysis.mean, mixing, out), site),
+        }
+
+    def emit(self, site: Site, candidate: Candidate, factors: Factors) -> Sequence[Replacement]:
+        """See Pass.emit."""
+        first, last = site.attributes["parts"]
+        (rank,) = candidate.ranks
+        if "out" in factors:
+            out = linear_chain(last, last.uses[0], [(f"{last.name}/heads", factors["out"])], factors["bias"])
+            return [narrowed(site, rank, [_mixed(first, factors["value"]), out])]
+        query = factors["query"] * query_gain(site, rank)
+        return [narrowed(site, rank, [_mixed(first, query), _mixed(last, factors["key"])])]
+
+    def targets(self, site: Site) -> tuple[Site, ...]:
+        """See Pass.targets."""
+        return (site.attributes["parts"][1],) if site.attributes["half"] == "values" else ()
+
+    def refit(self, site: Site, candidate: Candidate, factors: Factors, moments: Moments, ridge: float) -> Factors:
+        """See Pass.refit."""
+        assert moments.target_cross is not None and moments.target_mean is not None
+        gram = moments.gram - np.outer(moments.mean, moments.mean)
+        cross = moments.target_cross - np.outer(moments.mean, moments.target_mean)
+        out = regression(gram, cross, factors["out"].astype(np.float64), ridge)
+        bias = _bias(site.attributes["parts"][1]) + moments.target_mean - moments.mean @ out
+        return {**factors, "out": store(out, site), "bias": store(bias, site)}
+
+    def delivered(self, factors: Factors, rows: Array) -> Array:
+        """See Pass.delivered."""
+        return np.asarray(rows @ block_diagonal(factors["value"]))
+
+    def effective(self, site: Site, candidate: Candidate, factors: Factors) -> tuple[Array, Array | None]:
+        """See Pass.effective."""
+        return factors["out"].astype(np.float64), factors["bias"]
+
+    def spell_rank(self, site: Site, analysis: Scores | Values, wish: RankWish) -> tuple[int, ...] | str:
+        """See Pass.spell_rank."""
+        return "a fixed rank is carried out layer by layer"
+
+    def check_ranks(self, site: Site, ranks: tuple[int, ...]) -> str | None:
+        """See Pass.check_ranks."""
+        full = site.attributes["width"]
+        return None if len(ranks) == 1 and 1 <= ranks[0] <= full else f"expected one width of a head from 1 to {full}"
+
+    def dense_equivalent(self, site: Site, candidate: Candidate, factors: Factors) -> Mapping[str, Dense]:
+        """See Pass.dense_equivalent.
+
+        One layer is enough: ``q A (k B)ᵀ = (q A Bᵀ) kᵀ``, and the output layer reads ``c B W'``.
+        """
+        first, last = site.attributes["parts"]
+        if "out" in factors:
+            weight = block_diagonal(factors["value"].astype(np.float64)) @ factors["out"]
+            return {last.name: Dense(weight, {last.uses[0].node: factors["bias"]})}
+        inner = factors["query"].astype(np.float64) @ np.swapaxes(factors["key"], 1, 2)
+        weight, bias = _applied(first, inner)
+        return {first.name: Dense(weight, {} if bias is None else {first.uses[0].node: bias})}
+
+
+def _values(site: Site, moments: Mapping[str, Moments] | None) -> Values:
+    value, out = site.attributes["parts"]
+    weight = site.weight.astype(np.float64)
+    if moments is not None:
+        entry = moments[out.uses[0].input]
+        mean, whole = entry.mean, entry.gram
+        gram = whole - np.outer(mean, mean)
+    else:
+        # Inputs without mean and of unit variance, and attention that passes them on.
+        columns = value.weight.astype(np.float64)
+        gram, mean = columns.T @ columns, _bias(value)
+        whole = gram + np.outer(mean, mean)
+    return Values(gram, mean, float(np.einsum("fn,fn->", weight, whole @ weight)), moments is not None)
+
+
+def _entry(part: Site, moments: Mapping[str, Moments] | None) -> Moments:
+    """Moments of the input of a layer; without data, those of uncorrelated inputs of unit variance."""
+    if moments is not None:
+        return moments[part.uses[0].input]
+    inputs = part.weight.shape[0]
+    return Moments(1, np.zeros(inputs), np.eye(inputs))
+
+
+def _blocks(gram: Array, heads: int) -> Array:
+    """(H, d, d) blocks on the diagonal of a matrix (H·d, H·d)."""
+    width = len(gram) // heads
+    return np.stack([gram[at : at + width, at : at + width] for at in range(0, len(gram), width)])
+
+
+def _value_error(site: Site, analysis: Values, mixing: Array, out: Array) -> float:
+    lost = site.weight.astype(np.float64) - block_diagonal(mixing) @ out
+    error = float(np.einsum("fn,fn->", lost, analysis.gram @ lost))
+    return float(np.sqrt(max(error, 0.0) / analysis.energy)) if analysis.energy > 0 else 0.0
+
+
+def _out_bias(site: Site, mean: Array, mixing: Array, out: Array) -> Array:
+    """The bias of the output layer, with the mean of what is lost."""
+    lost = site.weight.astype(np.float64) - block_diagonal(mixing) @ out
+    return _bias(site.attributes["parts"][1]) + mean @ lost
+
+
+def _mixed(part: Site, mixing: Array) -> Replacement:
+    """A layer with the columns of its heads mixed."""
+    weight, bias = _applied(part, mixing)
+    return linear_chain(part, part.uses[0], [(f"{part.name}/heads", weight)], bias)
+
+
+def _applied(part: Site, mixing: Array) -> tuple[Array, Array | None]:
+    """Weight (K, H·r) and bias (H·r,) of a layer (K, H·d) behind a mixing (H, d, r)."""
+    spread = block_diagonal(mixing.astype(np.float64))
+    bias = part.uses[0].bias
+    return part.weight.astype(np.float64) @ spread, None if bias is None else bias.astype(np.float64) @ spread
+
+
+def _bias(part: Site) -> Array:
+    bias = part.uses[0].bias
+    return np.zeros(part.weight.shape[1]) if bias is None else np.asarray(bias, np.float64)
