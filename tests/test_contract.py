@@ -6,6 +6,7 @@ a dense weight is put into the original graph by other means than the ones under
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -50,12 +51,14 @@ class Kind:
         put_dense: The original model with dense weights and biases, by single site, in the place of the stored.
         error: The relative error of the site's output, from the squared error at every single site.
         unsuitable: Models whose site no pass can use.
+        error_of: Instead of ``error`` where that cannot tell; None where it can.
     """
 
     cases: Mapping[str, Case]
     put_dense: Callable[[Problem, Mapping[str, Dense]], ModelProto]
     error: Callable[[Problem, Site, Mapping[str, float]], float]
     unsuitable: Mapping[str, ModelProto] = field(default_factory=dict)
+    error_of: Callable[[Trial], float | None] = lambda trial: None
 
 
 # --- linear ------------------------------------------------------------------------------------------
@@ -351,6 +354,95 @@ def convolution_error(posed: Problem, site: Site, lost: Mapping[str, float]) -> 
     return float(np.sqrt(lost[site.name] / total))
 
 
+# --- attention ---------------------------------------------------------------------------------------
+
+
+def attention_cases() -> dict[str, Case]:
+    """Both halves of a block, one at a time: scale on either side, shapes stored and computed, with and without bias."""
+    rng = np.random.default_rng(0)
+    constants: dict[str, Array] = {
+        "q": falling(12, 16),
+        "k": falling(12, 16, seed=1),
+        "v": falling(12, 16, seed=2),
+        "o": falling(16, 10, seed=3),
+        "split": np.array([0, 0, 4, 4]),
+        "join": np.array([0, 0, 16]),
+        "half": np.array(0.5, np.float32),
+        "two": np.array([2.0], np.float32),
+        "four": np.array([4]),
+        "all": np.array([16]),
+        **{name: rng.standard_normal(16).astype(np.float32) for name in ("bq", "bk", "bv")},
+        "bo": rng.standard_normal(10).astype(np.float32),
+        "cut": np.array([0]),
+        "end": np.array([2]),
+    }
+    scores = """
+        qm = MatMul(x, q)  qb = Add(qm, bq)  qs = Reshape(qb, split)  qh = Transpose<perm=[0,2,1,3]>(qs)
+        km = MatMul(x, k)  kb = Add(bk, km)  ks = Reshape(kb, split)  kh = Transpose<perm=[0,2,3,1]>(ks)"""
+    bare = """
+        shape = Shape(x)  lead = Slice(shape, cut, end)  target = Concat<axis=0>(lead, four, four)
+        qm = MatMul(x, q)  qm2 = Mul(half, qm)  qs = Reshape(qm2, target)  qh = Transpose<perm=[0,2,1,3]>(qs)
+        km = MatMul(x, k)  ks = Reshape(km, target)  ki = Transpose<perm=[0,2,1,3]>(ks)
+        kh = Transpose<perm=[0,1,3,2]>(ki)"""
+    values = """{ vm = MatMul(x, v)  vb = Add(vm, bv)  vs = Reshape(vb, split)  vh = Transpose<perm=[0,2,1,3]>(vs)
+        c = MatMul(p, vh)  ct = Transpose<perm=[0,2,1,3]>(c)  cj = Reshape(ct, join)
+        om = MatMul(cj, o)  y = Add(om, bo) }"""
+    computed = """{ shape = Shape(x)  lead = Slice(shape, cut, end)  target = Concat<axis=0>(lead, four, four)
+        joined = Concat<axis=0>(lead, all)
+        vm = MatMul(x, v)  vs = Reshape(vm, target)  vh = Transpose<perm=[0,2,1,3]>(vs)
+        c = MatMul(p, vh)  ct = Transpose<perm=[0,2,1,3]>(c)  cj = Reshape(ct, joined)  y = MatMul(cj, o) }"""
+    cross = scores.replace("MatMul(x, k)", "MatMul(z, k)")
+    tokens = correlated((12, 7, 12))
+    attention = np.asarray(np.random.default_rng(4).dirichlet(np.ones(7), (12, 4, 7)), np.float32)
+
+    def made(head: str, body: str) -> ModelProto:
+        read = {name: constants[name] for name in constants if f" {name})" in body or f"({name}," in body
+                or f", {name}," in body}  # fmt: skip
+        return build(head + body, read)
+
+    head = "g (float[n,s,12] x) => (float[n,h,s,t] y) {"
+    weighed = "g (float[n,s,12] x, float[n,h,s,s] p) => (float[n,s,10] y)"
+    return {
+        "scores": Case(made(head, scores + " a = MatMul(qh, kh) b = Div(a, two) y = Softmax(b) }"), {"x": tokens}),
+        "scores bare": Case(made(head, bare + " a = MatMul(qh, kh) y = Softmax(a) }"), {"x": tokens}),
+        "scores, other scale": Case(
+            made(head, scores + " m = Mul(qh, half) a = MatMul(m, kh) c = Div(a, two) y = Softmax(c) }"), {"x": tokens}
+        ),
+        "cross scores": Case(
+            made("g (float[n,s,12] x, float[n,t,12] z) => (float[n,h,s,t] y) {",
+                 cross + " a = MatMul(qh, kh) b = Div(a, two) y = Softmax(b) }"),
+            {"x": tokens, "z": correlated((12, 5, 12), seed=9)},
+        ),
+        "values": Case(made(weighed, values), {"x": tokens, "p": attention}),
+        "values bare": Case(made(weighed, computed), {"x": tokens, "p": attention}),
+    }  # fmt: skip
+
+
+def attention_error(posed: Problem, site: Site, lost: Mapping[str, float]) -> float:
+    """That of the output layer."""
+    return linear_error(posed, site.attributes["parts"][1], lost)
+
+
+def score_error_of(trial: Trial) -> float | None:
+    """Of all queries with all keys, head by head; what is the same for all keys makes no difference."""
+    if trial.site.attributes["half"] == "values":
+        return None
+    query, key = trial.site.attributes["parts"]
+    heads = trial.site.attributes["heads"]
+
+    def rows(part: Site, weight: Array, bias: Array | None) -> Array:
+        changed = dataclasses.replace(part, weight=weight)
+        made = linear_response(trial.posed, changed) + (0.0 if bias is None else bias)
+        return np.swapaxes(made.reshape(len(made), heads, -1), 0, 1)
+
+    dense = trial.dense[query.name]
+    keys = rows(key, key.weight, None)
+    before = rows(query, query.weight, query.uses[0].bias) @ np.swapaxes(keys, 1, 2)
+    after = rows(query, dense.weight, dense.biases.get(query.uses[0].node)) @ np.swapaxes(keys, 1, 2)
+    centred = [scores - scores.mean(axis=2, keepdims=True) for scores in (before, after)]
+    return difference(centred[1], centred[0])
+
+
 KINDS = {
     "linear": Kind(
         cases=linear_cases(),
@@ -363,6 +455,9 @@ KINDS = {
     ),
     "shared_input": Kind(cases=shared_input_cases(), put_dense=put_dense_linear, error=shared_input_error),
     "feedforward": Kind(cases=feedforward_cases(), put_dense=put_dense_linear, error=feedforward_error),
+    "attention": Kind(
+        cases=attention_cases(), put_dense=put_dense_linear, error=attention_error, error_of=score_error_of
+    ),
     "convolution": Kind(
         cases=convolution_cases(),
         put_dense=put_dense_convolution,
@@ -516,6 +611,10 @@ def test_output_error_proposed_is_the_one_measured(technique: type[Pass], kind: 
             assert trial.site.weight.ndim > 2, "only batched constants go without data"
             continue
         assert trial.posed.calibrate is not None
+        whole = KINDS[kind].error_of(trial)
+        if whole is not None:
+            assert proposed == pytest.approx(whole, rel=1e-3, abs=TOLERANCE[case.dtype])
+            continue
         singles = [trial.posed.by_name[name] for name in trial.site.covers]
         outputs = [use.output for single in singles for use in single.uses]
         lost = dict.fromkeys(trial.site.covers, 0.0)
