@@ -89,7 +89,8 @@ class Heads(Pass):
     def _scores(self, site: Site, moments: Mapping[str, Moments] | None) -> Scores:
         query, key = site.attributes["parts"]
         heads = site.attributes["heads"]
-        plain, ridged = [], []
+        plain: list[Array] = []
+        ridged: list[Array] = []
         for part, centred in ((query, False), (key, True)):
             weight = part.weight.astype(np.float64)
             entry = _entry(part, moments)
@@ -98,7 +99,7 @@ class Heads(Pass):
             for found, metric in ((plain, covariance), (ridged, with_ridge(covariance, self.ridge))):
                 found.append(_blocks(weight.T @ metric @ weight + np.outer(mean, mean), heads))
         mixed_q, mixed_k, _ = score_bases(*ridged)
-        return Scores(*plain, mixed_q, mixed_k, moments is not None)
+        return Scores(plain[0], plain[1], mixed_q, mixed_k, moments is not None)
 
     def ranks(self, site: Site, analysis: Scores | Values) -> Sequence[tuple[int, ...]]:
         """See Pass.ranks."""
@@ -240,7 +241,7 @@ def _value_error(site: Site, analysis: Values, mixing: Array, out: Array) -> flo
 def _out_bias(site: Site, mean: Array, mixing: Array, out: Array) -> Array:
     """The bias of the output layer, with the mean of what is lost."""
     lost = site.weight.astype(np.float64) - block_diagonal(mixing) @ out
-    return _bias(site.attributes["parts"][1]) + mean @ lost
+    return np.asarray(_bias(site.attributes["parts"][1]) + mean @ lost)
 
 
 def _mixed(part: Site, mixing: Array) -> Replacement:

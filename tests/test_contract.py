@@ -358,7 +358,7 @@ def convolution_error(posed: Problem, site: Site, lost: Mapping[str, float]) -> 
 
 
 def attention_cases() -> dict[str, Case]:
-    """Both halves of a block, one at a time: scale on either side, shapes stored and computed, with and without bias."""
+    """Both halves of a block, one at a time; shapes stored and computed, with and without biases and scale."""
     rng = np.random.default_rng(0)
     constants: dict[str, Array] = {
         "q": falling(12, 16),

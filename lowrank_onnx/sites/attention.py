@@ -140,8 +140,7 @@ class _Look:
     def scores(self, product: NodeProto) -> Site | None:
         """The layers query and key of ``product = queries @ keysᵀ``."""
         query, key = (
-            self.branch(name, turned)
-            for name, turned in zip(product.input, (_SPLIT, _SPLIT_TURNED), strict=True)
+            self.branch(name, turned) for name, turned in zip(product.input, (_SPLIT, _SPLIT_TURNED), strict=True)
         )
         if query is None or key is None or query.site is key.site:
             return None
@@ -352,8 +351,8 @@ def _resize(
     if last[-1] == -1:
         return ()
     allowzero = int(attribute(node, "allowzero", 0))
-    place = (len(pieces) - 1, len(last) - 1)
-    return (Resize(node.name, node.input[0], node.output[0], allowzero, pieces, *place, unit),)
+    piece, entry = len(pieces) - 1, len(last) - 1
+    return (Resize(node.name, node.input[0], node.output[0], allowzero, pieces, piece, entry, unit),)
 
 
 def _half(
