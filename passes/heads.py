@@ -9,7 +9,6 @@ the output layer is refitted on what the narrower values deliver.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

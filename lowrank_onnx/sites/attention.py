@@ -325,7 +325,7 @@ class _Look:
 
     def reader(self, name: str) -> NodeProto | None:
         """The only node that reads a tensor."""
-        readers = self.scope.readers.get(name, ())
+        readers = self.scope.readers.get(name, [])
         alone = len(readers) == 1 and readers[0].scope is self.scope and name not in self.outputs
         return readers[0].node if alone else None
 

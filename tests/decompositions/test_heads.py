@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_onnx.decompositions.heads import block_diagonal, score_bases, score_error, value_factors
@@ -97,6 +97,7 @@ def test_heads_make_up_for_each_other() -> None:
         assert lost_of(gram, weight, mixing, out + 1e-3 * nudge) > lost_of(gram, weight, mixing, out)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 9), st.integers(0, 10_000), st.booleans())
 def test_more_columns_never_lose_more(heads: int, width: int, outputs: int, seed: int, poor: bool) -> None:
     rng = np.random.default_rng(seed)
@@ -106,4 +107,4 @@ def test_more_columns_never_lose_more(heads: int, width: int, outputs: int, seed
     assert np.isfinite(lost).all()
     scale = float(np.vdot(weight, gram @ weight))
     assert lost[-1] <= 1e-9 * scale
-    assert all(later <= earlier + 0.05 * scale for earlier, later in pairwise(lost))
+    assert all(later <= earlier + 1e-6 * scale for earlier, later in pairwise(lost))
