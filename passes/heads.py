@@ -9,6 +9,7 @@ the output layer is refitted on what the narrower values deliver.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ class Heads(Pass):
     """Keep the columns of every head that its scores, or its output, depend on most.
 
     Options:
-        multiple: Offer only head widths divisible by this; 0 chooses 8 for wide heads, less for narrow ones.
+        multiple: Offer only head widths divisible by this; 0 chooses 8 for heads of 64 and more, less for narrower.
         ridge: Shrinkage towards the weights alone, in units of the mean variance of the input.
     """
 
@@ -103,7 +104,7 @@ class Heads(Pass):
     def ranks(self, site: Site, analysis: Scores | Values) -> Sequence[tuple[int, ...]]:
         """See Pass.ranks."""
         width = site.attributes["width"]
-        step = self.multiple or (8 if width >= 32 else 4 if width >= 16 else 2 if width >= 8 else 1)
+        step = self.multiple or (8 if width >= 64 else 4 if width >= 16 else 2 if width >= 8 else 1)
         return [(rank,) for rank in range(step, width, step)]
 
     def candidate(self, site: Site, analysis: Scores | Values, ranks: tuple[int, ...]) -> Candidate:
@@ -155,29 +156,47 @@ class Heads(Pass):
         if "out" in factors:
             out = linear_chain(last, last.uses[0], [(f"{last.name}/heads", factors["out"])], factors["bias"])
             return [narrowed(site, rank, [_mixed(first, factors["value"]), out])]
-        query = factors["query"] * query_gain(site, rank)
-        return [narrowed(site, rank, [_mixed(first, query), _mixed(last, factors["key"])])]
+        gain = query_gain(site, rank)
+        query, key = (_refitted(site, place, factors) for place in (0, 1))
+        return [narrowed(site, rank, [_mixed(query, factors["query"] * gain), _mixed(key, factors["key"])])]
 
     def targets(self, site: Site) -> tuple[Site, ...]:
         """See Pass.targets."""
-        return (site.attributes["parts"][1],) if site.attributes["half"] == "values" else ()
+        first, last = site.attributes["parts"]
+        if site.attributes["half"] == "values":
+            return (last,)
+        return (first, last) if first.uses[0].input == last.uses[0].input else ()
 
     def refit(self, site: Site, candidate: Candidate, factors: Factors, moments: Moments, ridge: float) -> Factors:
-        """See Pass.refit."""
+        """See Pass.refit.
+
+        Queries and keys are asked to be what they were, before their columns are mixed.
+        """
         assert moments.target_cross is not None and moments.target_mean is not None
-        gram = moments.gram - np.outer(moments.mean, moments.mean)
-        cross = moments.target_cross - np.outer(moments.mean, moments.target_mean)
-        out = regression(gram, cross, factors["out"].astype(np.float64), ridge)
-        bias = _bias(site.attributes["parts"][1]) + moments.target_mean - moments.mean @ out
-        return {**factors, "out": store(out, site), "bias": store(bias, site)}
+        centred = "out" in factors or all(part.uses[0].bias is not None for part in self.targets(site))
+        delivered, wanted = moments.mean, moments.target_mean
+        if not centred:
+            delivered, wanted = np.zeros_like(delivered), np.zeros_like(wanted)
+        gram = moments.gram - np.outer(delivered, delivered)
+        cross = moments.target_cross - np.outer(delivered, wanted)
+        if "out" in factors:
+            out = regression(gram, cross, factors["out"].astype(np.float64), ridge)
+            bias = _bias(site.attributes["parts"][1]) + wanted - delivered @ out
+            return {**factors, "out": store(out, site), "bias": store(bias, site)}
+        joined, given = _joined(site)
+        both = regression(gram, cross, joined, ridge)
+        bias = {"bias": store(given + wanted - delivered @ both, site)} if centred else {}
+        return {**factors, "both": store(both, site), **bias}
 
     def delivered(self, factors: Factors, rows: Array) -> Array:
         """See Pass.delivered."""
-        return np.asarray(rows @ block_diagonal(factors["value"]))
+        return np.asarray(rows @ block_diagonal(factors["value"])) if "out" in factors else rows
 
     def effective(self, site: Site, candidate: Candidate, factors: Factors) -> tuple[Array, Array | None]:
-        """See Pass.effective."""
-        return factors["out"].astype(np.float64), factors["bias"]
+        """See Pass.effective; of the scores, queries and keys before their columns are mixed."""
+        if "out" in factors:
+            return factors["out"].astype(np.float64), factors["bias"]
+        return factors.get("both", _joined(site)[0]).astype(np.float64), factors.get("bias")
 
     def spell_rank(self, site: Site, analysis: Scores | Values, wish: RankWish) -> tuple[int, ...] | str:
         """See Pass.spell_rank."""
@@ -193,11 +212,12 @@ class Heads(Pass):
 
         One layer is enough: ``q A (k B)ᵀ = (q A Bᵀ) kᵀ``, and the output layer reads ``c B W'``.
         """
-        first, last = site.attributes["parts"]
+        _, last = site.attributes["parts"]
         if "out" in factors:
             weight = block_diagonal(factors["value"].astype(np.float64)) @ factors["out"]
             return {last.name: Dense(weight, {last.uses[0].node: factors["bias"]})}
         inner = factors["query"].astype(np.float64) @ np.swapaxes(factors["key"], 1, 2)
+        first = _refitted(site, 0, factors)
         weight, bias = _applied(first, inner)
         return {first.name: Dense(weight, {} if bias is None else {first.uses[0].node: bias})}
 
@@ -247,6 +267,24 @@ def _mixed(part: Site, mixing: Array) -> Replacement:
     """A layer with the columns of its heads mixed."""
     weight, bias = _applied(part, mixing)
     return linear_chain(part, part.uses[0], [(f"{part.name}/heads", weight)], bias)
+
+
+def _refitted(site: Site, place: int, factors: Factors) -> Site:
+    """Query or key, with the weight and bias of a refit if there was one."""
+    part: Site = site.attributes["parts"][place]
+    if "both" not in factors:
+        return part
+    half = slice(0, len(factors["both"][0]) // 2) if place == 0 else slice(len(factors["both"][0]) // 2, None)
+    use = part.uses[0]
+    bias = factors["bias"][half] if "bias" in factors else use.bias
+    return dataclasses.replace(part, weight=factors["both"][:, half], uses=(dataclasses.replace(use, bias=bias),))
+
+
+def _joined(site: Site) -> tuple[Array, Array]:
+    """Query and key side by side: weight (K, 2·H·d) and bias."""
+    parts = site.attributes["parts"]
+    weight = np.concatenate([part.weight.astype(np.float64) for part in parts], axis=1)
+    return weight, np.concatenate([_bias(part) for part in parts])
 
 
 def _applied(part: Site, mixing: Array) -> tuple[Array, Array | None]:
