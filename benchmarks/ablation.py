@@ -11,6 +11,7 @@ with that of the original, by cosine.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,12 +20,14 @@ import numpy as np
 import rich.console
 import rich.table
 
+from lowrank_onnx.base import Pass
 from lowrank_onnx.batches import batches
-from lowrank_onnx.budget import Damage, Selection, carry_out, meet_budget, with_factors
+from lowrank_onnx.budget import Selection, carry_out, meet_budget, with_factors
 from lowrank_onnx.building import Choice
-from lowrank_onnx.cache import Cache
+from lowrank_onnx.cache import open_cache
 from lowrank_onnx.metrics import resolve_metric
 from lowrank_onnx.passes.feedforward import Feedforward
+from lowrank_onnx.passes.heads import Heads
 from lowrank_onnx.passes.shared_input import SharedInput
 from lowrank_onnx.passes.svd import SVD
 from lowrank_onnx.probe_cache import cached_probe
@@ -51,16 +54,15 @@ def main() -> None:
     parser.add_argument("--steps", default="", help="names of steps to run, separated by commas; all if empty")
     options = parser.parse_args()
     runtime = Runtime(threads=options.threads)
-    problem = pose(options.model, runtime, options.calibrate, options.evaluate, options.metric)
+    problem = pose(options.model, runtime, options.calibrate, options.evaluate, options.metric, augment=False)
+    augmented = pose(options.model, runtime, options.calibrate, options.evaluate, options.metric)
     timed = pose(options.model, runtime, options.calibrate, options.evaluate, None, options.shape)
-    assert problem.calibrate is not None and timed.feeds is not None
-    linear = [site for site in problem.sites if site.kind in ("linear", "shared_input", "feedforward")]
-    moments = observe(problem.model, linear, problem.calibrate, runtime)
-    mine = sum(site.macs or 0 for site in linear if not site.parts)
+    assert timed.feeds is not None
+    mine = sum(site.macs or 0 for site in problem.sites if site.kind == "linear")
     whole = problem.cost.macs or 1
     table = rich.table.Table("step", "keep", "MACs", "metric", "drop", "cosine", "pooled", "speed-up")
     reference = _pooled(problem, problem.session, options.pool)
-    for name, decide in _steps(problem, linear, moments):
+    for name, decide in _steps(problem, augmented):
         if options.steps and name not in options.steps.split(","):
             continue
         for keep in map(float, options.keep.split(",")):
@@ -87,37 +89,49 @@ def main() -> None:
     rich.console.Console(file=sys.stderr, width=120).print(table)
 
 
-def _steps(
-    problem: Problem, sites: Sequence[Any], moments: Mapping[str, Any]
-) -> list[tuple[str, Callable[[float], Selection]]]:
+def _steps(problem: Problem, augmented: Problem) -> list[tuple[str, Callable[[float], Selection]]]:
     """The steps, each a function from the share to keep to a model."""
+    kinds = ("linear", "shared_input", "feedforward", "attention")
+    sites = [site for site in problem.sites if site.kind in kinds]
+    cache = open_cache(True)
 
-    def offered(*passes: Any, data: bool = True) -> list[Proposal]:
-        return propose(sites, list(passes), moments if data else {}, None, 1)[0]
+    @functools.cache
+    def moments(of: Problem) -> Mapping[str, Any]:
+        assert of.training is not None
+        return observe(of.model, [site for site in of.sites if site.kind in kinds], of.training, of.runtime)
 
-    def budget(proposals: list[Proposal], damage: Damage) -> Callable[[float], Selection]:
-        return lambda share: meet_budget(problem, proposals, damage, "keep_macs", share)
+    @functools.cache
+    def offered(*passes: Pass, of: Problem = problem, data: bool = True) -> list[Proposal]:
+        chosen = [site for site in of.sites if site.kind in kinds]
+        return propose(chosen, list(passes), moments(of) if data else {}, None, 1)[0]
 
-    def probed(proposals: list[Proposal]) -> Damage:
-        return damage_of(proposals, cached_probe(problem, proposals, None, Cache(None), None))
+    def allocated(*passes: Pass, probed: bool = True, of: Problem = problem) -> Callable[[float], Selection]:
+        def decide(share: float) -> Selection:
+            proposals = offered(*passes, of=of)
+            curves = cached_probe(of, proposals, None, cache, None) if probed else {}
+            return meet_budget(of, proposals, damage_of(proposals, curves), "keep_macs", share)
 
-    blind, single = offered(SVD(), data=False), offered(SVD())
-    wide, every = offered(SVD(), Feedforward()), offered(SVD(), SharedInput(), Feedforward())
-    best = budget(every, probed(every))
+        return decide
 
-    def refined(share: float) -> Selection:
-        selection = best(share)
-        made = refine(problem, selection.choices, selection.built.factors, None, None)
-        return with_factors(problem, made.choices, made.factors, made.notes)
+    def refined(of: Problem) -> Callable[[float], Selection]:
+        def decide(share: float) -> Selection:
+            selection = allocated(*every, of=of)(share)
+            made = refine(of, selection.choices, selection.built.factors, None, None, sites)
+            return with_factors(of, made.choices, made.factors, made.notes, made.kept)
 
+        return decide
+
+    every = (SVD(), Feedforward(), SharedInput(), Heads())
     return [
-        ("uniform, weight only", lambda share: _uniform(problem, blind, share)),
-        ("uniform", lambda share: _uniform(problem, single, share)),
-        ("local error", budget(single, damage_of(single, {}))),
-        ("probed", budget(single, probed(single))),
-        ("+ feedforward", budget(wide, probed(wide))),
-        ("+ shared_input", best),
-        ("+ refine", refined),
+        ("uniform, weight only", lambda share: _uniform(problem, offered(SVD(), data=False), share)),
+        ("uniform", lambda share: _uniform(problem, offered(SVD()), share)),
+        ("local error", allocated(SVD(), probed=False)),
+        ("probed", allocated(SVD())),
+        ("+ feedforward", allocated(SVD(), Feedforward())),
+        ("+ shared_input", allocated(SVD(), Feedforward(), SharedInput())),
+        ("+ heads", allocated(*every)),
+        ("+ refine", refined(problem)),
+        ("+ augment", refined(augmented)),
     ]
 
 
