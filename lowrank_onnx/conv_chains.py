@@ -37,14 +37,8 @@ class Link:
     shape: tuple[int, ...]
 
 
-def blocks_of(weight: Array, group: int, transposed: bool) -> Array:
-    """Split a stored weight into (groups, outputs, inputs, *kernel)."""
-    parts = weight.reshape(group, weight.shape[0] // group, *weight.shape[1:])
-    return np.swapaxes(parts, 1, 2) if transposed else parts
-
-
 def stored(blocks: Array, transposed: bool) -> Array:
-    """The inverse of ``blocks_of``."""
+    """The inverse of ``patches.blocks_of``."""
     parts = np.swapaxes(blocks, 1, 2) if transposed else blocks
     return np.ascontiguousarray(parts.reshape(-1, *parts.shape[2:]))
 

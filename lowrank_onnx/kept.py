@@ -16,9 +16,9 @@ import numpy as np
 
 from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish, Replacement, Site, Use
 from lowrank_onnx.chains import linear_chain, store
-from lowrank_onnx.conv_chains import Link, blocks_of, convolution_chain
+from lowrank_onnx.conv_chains import Link, convolution_chain
 from lowrank_onnx.linalg import Array, regression
-from lowrank_onnx.patches import WIDEST, as_linear, unseen
+from lowrank_onnx.patches import WIDEST, as_linear, blocks_of, unseen
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Kept(Pass):
         if use.dynamic_bias:
             return "the bias is computed"
         if site.kind == "convolution":
-            return unseen(site)
+            plain = site.attributes["group"] == 1 and not site.attributes["transposed"]
+            return unseen(site) if plain else "grouped or transposed"
         if site.weight.ndim != 2 or max(site.weight.shape) > WIDEST:
             return f"a stack of matrices, or a side beyond {WIDEST}"
         if use.bias is not None and int(np.prod(site.attributes[use.node]["bias_shape"])) != len(use.bias):

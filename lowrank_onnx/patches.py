@@ -2,7 +2,9 @@
 
     y = patch @ W,   patch (n, I · prod(kernel)),   W the kernel reshaped (I · prod(kernel), O)
 
-so that whatever fits a linear layer to data fits a convolution as well.
+so that whatever fits a linear layer to data fits a convolution as well. Of groups the patch holds all channels
+and W is block diagonal. A transposed convolution is one whose patch meets the input at every stride-th position
+of the kernel and zeros between.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy.linalg
 
 from lowrank_onnx.base import Site
 from lowrank_onnx.linalg import Array
@@ -38,13 +41,20 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """How a kernel moves over a map; hashable, so that sites that see the same patches share their sums."""
+    """How a kernel moves over a map; hashable, so that sites that see the same patches share their sums.
+
+    Attributes:
+        transposed: The map is spread by the strides, not thinned.
+        extra: What a transposed convolution adds at the end of every axis (``output_padding``).
+    """
 
     kernel: tuple[int, ...]
     strides: tuple[int, ...]
     dilations: tuple[int, ...]
     pads: tuple[int, ...]
     auto_pad: str
+    transposed: bool = False
+    extra: tuple[int, ...] = ()
 
     def begins(self, spatial: Sequence[int]) -> tuple[int, ...]:
         """Padding before the first element of every axis, for a map of this size."""
@@ -52,6 +62,9 @@ class Window:
 
     def outputs(self, spatial: Sequence[int]) -> tuple[int, ...]:
         """Size of the output map."""
+        if self.transposed:
+            axes = zip(spatial, self._reach(), self.strides, self._padding(spatial), self.extra, strict=True)
+            return tuple((size - 1) * step + reach + more - sum(pads) for size, reach, step, pads, more in axes)
         sizes = zip(spatial, self._reach(), self.strides, self._padding(spatial), strict=True)
         return tuple((size + sum(padding) - reach) // stride + 1 for size, reach, stride, padding in sizes)
 
@@ -78,12 +91,12 @@ class Window:
         begins = self.begins(spatial)
         rows = np.zeros((len(places.sample), value.shape[1], *self.kernel), value.dtype)
         for offset in np.ndindex(*self.kernel):
-            at = [
-                coordinate * stride + step * dilation - begin
-                for coordinate, stride, step, dilation, begin in zip(
-                    places.coordinates, self.strides, offset, self.dilations, begins, strict=True
-                )
-            ]
+            axes = zip(places.coordinates, self.strides, offset, self.dilations, begins, strict=True)
+            if self.transposed:  # output = input · stride + step · dilation - begin
+                met_at = [divmod(x + begin - step * dilation, stride) for x, stride, step, dilation, begin in axes]
+                at = [np.where(rest == 0, x, -1) for x, rest in met_at]
+            else:
+                at = [x * stride + step * dilation - begin for x, stride, step, dilation, begin in axes]
             inside = np.logical_and.reduce([(x >= 0) & (x < size) for x, size in zip(at, spatial, strict=True)])
             met = Places(places.grid, places.sample[inside], tuple(x[inside] for x in at))
             rows[(inside, slice(None), *offset)] = met.rows(value)
@@ -109,23 +122,41 @@ class Window:
 def window(site: Site) -> Window:
     """The window of a convolution site."""
     entry = site.attributes
-    return Window(site.shape[2:], entry["strides"], entry["dilations"], entry["pads"], entry["auto_pad"])
+    moves = Window(site.shape[2:], entry["strides"], entry["dilations"], entry["pads"], entry["auto_pad"])
+    if not entry["transposed"]:
+        return moves
+    return dataclasses.replace(moves, transposed=True, extra=entry["output_padding"])
 
 
 def as_linear(site: Site) -> Site:
     """The same site with its weight as the matrix (K, N) that rows meet; a linear site as it is."""
     if site.kind != "convolution":
         return site
-    return dataclasses.replace(site, weight=site.weight.reshape(len(site.weight), -1).T)
+    blocks = blocks_of(site.weight, site.attributes["group"], site.attributes["transposed"])
+    return dataclasses.replace(site, weight=as_matrix(blocks))
+
+
+def as_matrix(blocks: Array) -> Array:
+    """(groups, outputs, inputs, *kernel) -> (K, N), block diagonal."""
+    flat = [block.reshape(len(block), -1).T for block in blocks]
+    return flat[0] if len(flat) == 1 else np.asarray(scipy.linalg.block_diag(*flat))
+
+
+def blocks_of(weight: Array, group: int, transposed: bool) -> Array:
+    """Split a stored weight into (groups, outputs, inputs, *kernel)."""
+    parts = weight.reshape(group, weight.shape[0] // group, *weight.shape[1:])
+    return np.swapaxes(parts, 1, 2) if transposed else parts
 
 
 def unseen(site: Site) -> str | None:
     """Return why the patches of a convolution are not looked at; None if they are."""
-    if site.attributes["transposed"]:
-        return "a transposed convolution is factorized by its weight alone"
-    if site.attributes["group"] > 1:
-        return "a grouped convolution is factorized by its weight alone"
-    width = math.prod(site.weight.shape[1:])
+    group, transposed = site.attributes["group"], site.attributes["transposed"]
+    _, outputs, inputs, *kernel = blocks_of(site.weight, group, transposed).shape
+    if group > 1 and min(outputs, inputs) == 1:
+        return "depthwise"
+    if site.attributes["output_shape"] or (transposed and site.attributes["auto_pad"].startswith("SAME")):
+        return "a transposed convolution whose padding depends on the size of the map"
+    width = group * inputs * math.prod(kernel)
     if width > WIDEST:
-        return f"patches of {width} numbers are wider than {WIDEST}: factorized by its weight alone"
+        return f"patches of {width} numbers are wider than {WIDEST}"
     return None

@@ -21,7 +21,7 @@ from lowrank_onnx.probes import Curve
 from lowrank_onnx.problem import Problem
 from lowrank_onnx.proposals import Proposal
 from lowrank_onnx.runtime import Runtime, onnxruntime, open_session
-from lowrank_onnx.statistics import Progress
+from lowrank_onnx.statistics import Progress, unobserved
 from lowrank_onnx.target import Target
 from lowrank_onnx.validation import Accuracy, Latency, MetricResult, Ratio, Timing, benchmark, compare
 from lowrank_onnx.version import __version__
@@ -77,7 +77,7 @@ def compress_report(
         "peak_rss_bytes": peak_rss_bytes(),
         "data": _data(problem),
         "sites": _sites(problem, planned),
-        "warnings": _warnings(problem),
+        "warnings": [*_warnings(problem), *_blind(problem, planned)],
     }
 
 
@@ -286,6 +286,16 @@ def _warnings(problem: Problem) -> list[str]:
     if problem.evaluate is None and problem.calibrate is not None:
         found.append("fidelity was measured on the calibration data; give --evaluate for a figure on unseen data")
     return found
+
+
+def _blind(problem: Problem, planned: Any) -> list[str]:
+    """Factorized layers that were judged by their weight alone though there are data, and why."""
+    reasons: dict[str, list[str]] = {}
+    for choice in planned.selection.choices:
+        reason = unobserved(choice.proposal.site)
+        if problem.calibrate is not None and reason is not None:
+            reasons.setdefault(reason, []).append(choice.proposal.site.name)
+    return [f"factorized by weight alone, {reason}: {', '.join(names)}" for reason, names in reasons.items()]
 
 
 def _sites(problem: Problem, planned: Any) -> list[dict[str, Any]]:

@@ -55,16 +55,19 @@ class MomentSums:
         return Moments(self.rows, self.total / self.rows, self.products / self.rows)
 
 
-def observable(site: Site) -> bool:
-    """Whether ``observe`` can see what goes into a site."""
+def unobserved(site: Site) -> str | None:
+    """Return why ``observe`` cannot see what goes into a site; None if it can."""
+    if any(use.scope for use in site.uses):
+        return "inside a subgraph"
     if site.kind == "convolution":
-        return unseen(site) is None and all(not use.scope for use in site.uses)
-    return (
-        site.kind in ("linear", "shared_input", "feedforward", "attention")
-        and site.weight.ndim == 2
-        and site.weight.shape[0] <= WIDEST
-        and all(not use.scope for use in site.uses)
-    )
+        return unseen(site)
+    if site.kind not in ("linear", "shared_input", "feedforward", "attention"):
+        return f"inputs of kind {site.kind} are not looked at"
+    if site.weight.ndim != 2:
+        return "a stack of matrices"
+    if site.weight.shape[0] > WIDEST:
+        return f"inputs of {site.weight.shape[0]} numbers are wider than {WIDEST}"
+    return None
 
 
 def observe(
@@ -91,7 +94,7 @@ def observe(
         DataError: ``mask`` names no input, or nothing is left behind the mask.
         ModelError: onnxruntime cannot run the model on the data.
     """
-    chosen = [site for site in sites if observable(site)]
+    chosen = [site for site in sites if unobserved(site) is None]
     layouts = {(use.input, row_layout(site)): _width(site, use) for site in chosen for use in site.uses}
     sums = {key: MomentSums(width) for key, width in layouts.items()}
     shapes = {use.input: use.input_shape for site in chosen for use in site.uses}

@@ -18,7 +18,6 @@ from lowrank_onnx.chains import store
 from lowrank_onnx.conv_chains import (
     Link,
     balanced_chain,
-    blocks_of,
     chain_macs,
     chain_parameters,
     convolution_chain,
@@ -28,7 +27,7 @@ from lowrank_onnx.conv_chains import (
 from lowrank_onnx.decompositions.output_metric import gentle_solve, layer_output
 from lowrank_onnx.linalg import Array, psd_root, right_basis
 from lowrank_onnx.passes.svd import pooled
-from lowrank_onnx.patches import as_linear
+from lowrank_onnx.patches import as_linear, as_matrix, blocks_of, unseen
 
 MOST_RANKS = 12  # of one site; between them the error hardly changes
 
@@ -43,7 +42,8 @@ class Target:
     Attributes:
         weight: (O, I, *kernel).
         gram: (F, F) second moment of the patches delivered; None without data.
-        cross: (O, F) of the wanted output with them, and its ``energy``; None where it is the weight's own.
+        cross: (O, F) of the wanted output with them, and the ``energy`` of all groups; None where it is the
+            weight's own.
         ridge: In units of the mean diagonal of ``gram``.
         start: The chain so far, for a refit.
         memo: What a technique found that holds for every rank.
@@ -184,7 +184,7 @@ class ConvolutionPass(Pass):
             for link, blocks in zip(links, chain, strict=True)
         }
         product = self._product(site, links, factors)
-        matrix = product.reshape(-1, product[0, 0].size).T
+        matrix = as_matrix(product)
         for use in site.uses if analysis.means else ():
             delivered, wanted = analysis.means[use.node]
             bias = 0.0 if use.bias is None else use.bias.astype(np.float64)
@@ -199,25 +199,28 @@ class ConvolutionPass(Pass):
 
     def targets(self, site: Site) -> tuple[Site, ...]:
         """See Pass.targets."""
-        plain = len(site.uses) == 1 and site.attributes["group"] == 1 and not site.attributes["transposed"]
-        return (site,) if plain else ()
+        return (site,) if len(site.uses) == 1 and unseen(site) is None else ()
 
     def refit(self, site: Site, candidate: Candidate, factors: Factors, moments: Moments, ridge: float) -> Factors:
         """See Pass.refit."""
         form = tuple(candidate.options["form"])
         layer = self._layer(site, {site.uses[0].input: moments}, ridge)
-        (target,) = layer.targets
-        so_far = tuple(
-            blocks_of(factors[link.role], link.shape[0], False).astype(np.float64)
-            for link in self._links(site, form, candidate.ranks)
+        links, transposed = self._links(site, form, candidate.ranks), site.attributes["transposed"]
+        so_far = [blocks_of(factors[link.role], link.shape[0], transposed).astype(np.float64) for link in links]
+        # (groups · depth, outputs, inputs, *kernel) -> one chain of (outputs, inputs, *kernel) per group
+        chains = zip(
+            *(blocks.reshape(len(layer.targets), -1, *blocks.shape[2:]) for blocks in so_far),
+            strict=True,
         )
-        warm = dataclasses.replace(target, start=tuple(blocks.reshape(-1, *blocks.shape[2:]) for blocks in so_far))
-        return self.factorize(site, dataclasses.replace(layer, targets=(warm,), form=form), candidate)
+        warm = tuple(
+            dataclasses.replace(target, start=chain) for target, chain in zip(layer.targets, chains, strict=True)
+        )
+        return self.factorize(site, dataclasses.replace(layer, targets=warm, form=form), candidate)
 
     def effective(self, site: Site, candidate: Candidate, factors: Factors) -> tuple[Array, Array | None]:
         """See Pass.effective."""
         product = self._product(site, self._links(site, tuple(candidate.options["form"]), candidate.ranks), factors)
-        return product[0].reshape(product.shape[1], -1).T, factors.get(f"bias:{site.uses[0].node}")
+        return as_matrix(product), factors.get(f"bias:{site.uses[0].node}")
 
     def spell_rank(self, site: Site, analysis: Layer, wish: RankWish) -> tuple[int, ...] | str:
         """See Pass.spell_rank."""
@@ -267,13 +270,11 @@ class ConvolutionPass(Pass):
         whole = pooled(flat, moments, centred=False)
         seen = pooled(flat, moments, centred=True) if centred else whole
         energy = whole.target_energy or float(np.einsum("kn,kn->", matrix, whole.gram @ matrix))
-        cross = None if seen.target_cross is None else seen.target_cross.T
         means = {}
         for use in site.uses if centred else ():
             entry = moments[use.input]
             means[use.node] = (entry.mean, entry.mean @ matrix if entry.target_mean is None else entry.target_mean)
-        target = Target(blocks[0], seen.gram, cross, None if cross is None else seen.target_energy, ridge)
-        return Layer((target,), means, energy)
+        return Layer(tuple(_of_group(place, block, seen, ridge) for place, block in enumerate(blocks)), means, energy)
 
     def _chain(self, layer: Layer, form: Form, ranks: tuple[int, ...]) -> tuple[Array, ...]:
         """The blocks of every link, over all groups; fitted once."""
@@ -297,16 +298,16 @@ class ConvolutionPass(Pass):
     def _errors(self, site: Site, layer: Layer, chain: Sequence[Array]) -> tuple[float, float | None]:
         """Relative errors of the weight and of the output."""
         product = multiply_out(chain)
-        lost = norm = 0.0
+        lost = norm = squared = 0.0
         for target, made in zip(layer.targets, product, strict=True):
-            lost += float(np.linalg.norm(target.weight - made) ** 2)
+            residual = (target.weight - made).reshape(len(made), -1)
+            lost += float(np.linalg.norm(residual) ** 2)
             norm += float(np.linalg.norm(target.weight) ** 2)
-        (target, *others) = layer.targets
+            if target.gram is not None:
+                squared += float(np.vdot(residual @ target.gram, residual))
         weight_error = float(np.sqrt(lost / norm)) if norm > 0 else 0.0
-        if target.gram is None or others:
+        if layer.targets[0].gram is None:
             return weight_error, None
-        residual = (target.weight - product[0]).reshape(len(target.weight), -1)
-        squared = float(np.vdot(residual @ target.gram, residual))
         return weight_error, float(np.sqrt(max(squared, 0.0) / layer.energy)) if layer.energy > 0 else 0.0
 
     def _offered(self, site: Site, shape: Sequence[int], form: Form) -> list[tuple[int, ...]]:
@@ -343,6 +344,16 @@ class ConvolutionPass(Pass):
         if macs is None or not site.macs:
             return chain_parameters(links) / site.weight.size
         return macs / site.macs
+
+
+def _of_group(place: int, block: Array, seen: Moments, ridge: float) -> Target:
+    """What the chain of one group is fitted to: its own part of the moments of all channels."""
+    inputs, outputs = block[0].size, len(block)
+    rows, columns = slice(place * inputs, (place + 1) * inputs), slice(place * outputs, (place + 1) * outputs)
+    gram = seen.gram[rows, rows]
+    if seen.target_cross is None:
+        return Target(block, gram, None, None, ridge)
+    return Target(block, gram, seen.target_cross[rows, columns].T, seen.target_energy, ridge)
 
 
 def output_basis(target: Target) -> tuple[Array, Array]:

@@ -8,18 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from onnx import ModelProto
 
 from lowrank_onnx.patches import WIDEST, Window, as_linear, unseen, window
-from lowrank_onnx.statistics import choose_rows, observable, observe, row_layout
+from lowrank_onnx.statistics import choose_rows, observe, row_layout, unobserved
 from tests.builders import Array, answers, build, difference, problem
 from tests.passes.convolutions import Convolution, convolutions, model_of
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(convolutions(groups=(1,)))
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(convolutions() | convolutions(transposed=True))
 def test_patches_times_the_kernel_are_the_convolution(given_: Convolution) -> None:
     proto, x = model_of(given_)
     (site,) = problem(proto).sites
+    if unseen(site):
+        return
     moved = window(site)
     places = moved.draw(x.shape, 50, (0,))
     flat = as_linear(site)
@@ -28,6 +31,12 @@ def test_patches_times_the_kernel_are_the_convolution(given_: Convolution) -> No
     if given_.bias:
         made = made + site.uses[0].bias
     assert difference(made, expected) < 1e-5
+    assert places.grid == (len(x), *expected_grid(proto, x))
+
+
+def expected_grid(proto: ModelProto, x: Array) -> tuple[int, ...]:
+    """The size of the map that onnxruntime gives."""
+    return tuple(answers(proto, {"x": x})["y"].shape[2:])
 
 
 def test_every_position_is_drawn_where_they_are_few() -> None:
@@ -90,12 +99,14 @@ def test_what_is_not_seen_says_why() -> None:
         (found,) = problem(proto).sites
         return dataclasses.replace(found, attributes={**found.attributes, **changes})
 
-    assert unseen(site()) is None
-    for reason in (unseen(site(group=2)), unseen(site(transposed=True))):
-        assert reason and "weight alone" in reason
+    assert all(unseen(entry) is None for entry in (site(), site(group=2), site(transposed=True)))
+    assert unseen(site(group=4, transposed=True)) == "depthwise"
+    assert "size of the map" in str(unseen(site(transposed=True, auto_pad="SAME_UPPER")))
     wide = dataclasses.replace(site(), weight=np.ones((1, WIDEST, 3, 1), np.float32))
     assert str(WIDEST) in str(unseen(wide))
-    assert not observable(site(group=2))
+    assert unobserved(site()) is None
+    inside = dataclasses.replace(site(), uses=tuple(dataclasses.replace(use, scope="if/then") for use in site().uses))
+    assert unobserved(inside) == "inside a subgraph"
 
 
 def test_rows_of_input_and_output_belong_together() -> None:

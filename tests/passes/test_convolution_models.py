@@ -101,6 +101,41 @@ def test_dense_probes_give_the_original() -> None:
     assert difference(answers(proto, {"x": images(4)})["y"], answers(net(), {"x": images(4)})["y"]) < 1e-6
 
 
+SPREAD = """{
+    a = Conv<pads=[1,1,1,1], group=2>(x, u)   b = Relu(a)
+    d = ConvTranspose<pads=[1,1,0,1], strides=[2,2], group=2>(b, v)   e = Relu(d)
+    y = ConvTranspose<strides=[2,1], output_padding=[1,0]>(e, w, c) }"""
+
+
+def spread() -> ModelProto:
+    """Groups, transposed convolutions, and both."""
+    constants = {"u": kernel(32, 8, 3, 3), "v": kernel(32, 8, 3, 3), "w": kernel(16, 16, 3, 3)}
+    constants["c"] = np.linspace(-0.1, 0.1, 16, dtype=np.float32)
+    return build(f"g (float[n,16,h,w] x) => (float[n,16,p,q] y) {SPREAD}", constants)
+
+
+def test_groups_and_transposed_convolutions_are_fitted_to_data() -> None:
+    data, unseen = {"x": images(40)}, images(60)[40:]
+    expected = answers(spread(), {"x": unseen})["y"]
+    blind = compress(spread(), rank=0.2, technique=["spatial"], threads=1, cache=False)
+    first, refitted = (
+        compress(spread(), rank=0.2, technique=["spatial"], calibrate=data, threads=1, cache=False, refine=refine)
+        for refine in (False, True)
+    )
+    errors = [difference(answers(made.model, {"x": unseen})["y"], expected) for made in (blind, first, refitted)]
+    assert errors[1] < 0.8 * errors[0]
+    assert errors[2] < 0.98 * errors[1]
+    assert str(refitted.report["sites"][-1]["refined"]).startswith("refitted")
+    assert all(row["output_error"] is not None for row in first.report["sites"])
+    assert not [text for text in first.report["warnings"] if "weight alone" in text]
+
+
+def test_layers_that_were_not_looked_at_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank_onnx.patches.WIDEST", 100)
+    told = compress(spread(), rank=0.5, calibrate={"x": images(4)}, threads=1, cache=False).report["warnings"]
+    assert any("weight alone" in text and "wider than 100" in text for text in told)
+
+
 HEAD = """{
     a = Conv<pads=[1,1,1,1]>(x, u, c)   b = Relu(a)   d = Conv<pads=[1,1,1,1]>(b, v)   e = Relu(d)
     f = GlobalAveragePool(e)   g = Flatten(f)   y = Gemm(g, w, c) }"""
