@@ -52,8 +52,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--rows", default="", help="names of rows, separated by commas; all if empty")
     options = parser.parse_args()
-    data = [options.folder / name for name in ("calibrate.npz", "evaluate.npz")]
-    problem = pose(options.folder / "model.onnx", Runtime(threads=options.threads), *data, options.metric)
+    calibrate, evaluate = (options.folder / name for name in ("calibrate.npz", "evaluate.npz"))
+    runtime = Runtime(threads=options.threads)
+    problem = pose(options.folder / "model.onnx", runtime, calibrate, evaluate, options.metric)
     assert problem.calibrate is not None and problem.feeds is not None
     moments = observe(problem.model, problem.sites, problem.calibrate, problem.runtime)
     print("| structure | keep | MACs | metric | agreement | relative error dB | speed-up | seconds |")
