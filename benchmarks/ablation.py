@@ -97,8 +97,10 @@ def _steps(problem: Problem, augmented: Problem) -> list[tuple[str, Callable[[fl
 
     @functools.cache
     def moments(of: Problem) -> Mapping[str, Any]:
-        assert of.training is not None
-        return observe(of.model, [site for site in of.sites if site.kind in kinds], of.training, of.runtime)
+        assert of.training is not None and of.calibrate is not None
+        copies = len(of.training) - len(of.calibrate)
+        chosen = [site for site in of.sites if site.kind in kinds]
+        return observe(of.model, chosen, of.training, of.runtime, None, None, copies)
 
     @functools.cache
     def offered(*passes: Pass, of: Problem = problem, data: bool = True) -> list[Proposal]:

@@ -113,6 +113,21 @@ class Moments:
     target_energy: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Counts:
+    """How often each row of a table was looked up on the calibration data; padding is left out.
+
+    Attributes:
+        rows: Number of lookups.
+        total: (V,) lookups by row, negative indices counted where they point to.
+        held: (V,) those of ``total`` that were held out, to choose a smoothing by.
+    """
+
+    rows: int
+    total: Array
+    held: Array
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """What one technique would do to one site; numbers only.

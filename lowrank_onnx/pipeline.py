@@ -15,7 +15,7 @@ from typing import Any
 
 from onnx import ModelProto
 
-from lowrank_onnx.base import Candidate, Moments, Pass, Plan, Site, configure
+from lowrank_onnx.base import Candidate, Counts, Moments, Pass, Plan, Site, configure
 from lowrank_onnx.budget import Damage, Selection, carry_out, meet_budget, reasons_for_kept, saving, with_factors
 from lowrank_onnx.building import Choice
 from lowrank_onnx.cache import open_cache
@@ -160,11 +160,12 @@ class Planned:
 
 def _observe(
     problem: Problem, settings: Settings, clock: Clock, progress: Progress | None
-) -> dict[str, dict[str, Moments]]:
+) -> dict[str, dict[str, Moments | Counts]]:
     if problem.training is None:
         return {}
     with clock.step("observe"):
-        return observe(problem.model, problem.sites, problem.training, problem.runtime, settings.mask, progress)
+        copies = len(problem.training) - len(problem.calibrate or ())
+        return observe(problem.model, problem.sites, problem.training, problem.runtime, settings.mask, progress, copies)
 
 
 def _decide(

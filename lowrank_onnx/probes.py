@@ -18,6 +18,7 @@ from lowrank_onnx.batches import batches
 from lowrank_onnx.data import Dataset
 from lowrank_onnx.kept import dense_node
 from lowrank_onnx.linalg import Array
+from lowrank_onnx.lookups import dense_lookup
 from lowrank_onnx.model import Model
 from lowrank_onnx.proposals import Proposal
 from lowrank_onnx.rewrite import rewrite
@@ -156,7 +157,7 @@ def _samples(proposals: Sequence[Proposal], todo: Sequence[int]) -> int:
 
 
 def _parts(site: Site) -> tuple[Site, ...]:
-    """The single linear sites whose dense weights a probe of this site changes."""
+    """The single sites whose dense weights a probe of this site changes."""
     if site.kind == "feedforward":
         return (site.attributes["out"],)
     if site.kind == "attention":  # what one layer of either half can tell of both; see Heads.dense_equivalent
@@ -176,9 +177,10 @@ def _with_dense(model: Model, parts: Sequence[Site]) -> tuple[Any, dict[str, dic
         name = f"{part.name}/dense"
         made = {name: ("weight", part.weight)}
         for use in part.uses:
-            width = _outputs(part)
-            bias = None if use.dynamic_bias else np.zeros(width) if use.bias is None else use.bias
-            entry = dense_node(part, use, name, part.weight, bias)
+            table = part.kind == "embedding"
+            none = use.dynamic_bias or table
+            bias = None if none else np.zeros(_outputs(part)) if use.bias is None else use.bias
+            entry = dense_lookup(part, use, name) if table else dense_node(part, use, name, part.weight, bias)
             replacements.append(entry)
             if bias is not None:
                 made[f"{use.node}/bias"] = (use.node, bias)
@@ -231,7 +233,7 @@ def _curve(
 def _stored(site: Site, part: Site, role: str, value: Array, dense: Mapping[str, Any]) -> Array:
     """A constant as the rewritten graph stores it: transposed where the weight stands on the left."""
     entry = dense.get(part.name)
-    if part.kind == "convolution":
+    if part.kind in ("convolution", "embedding"):
         changed = entry is not None and (role == "weight" or role in entry.biases)
         made = (entry.weight if role == "weight" else entry.biases[role]) if entry is not None and changed else value
         return np.ascontiguousarray(made, dtype=part.weight.dtype)

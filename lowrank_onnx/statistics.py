@@ -6,13 +6,13 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
 from onnx import ModelProto
 
-from lowrank_onnx.base import Moments, Site, Use
+from lowrank_onnx.base import Counts, Moments, Site, Use
 from lowrank_onnx.batches import batches, can_batch
 from lowrank_onnx.data import Dataset
 from lowrank_onnx.errors import DataError
@@ -24,6 +24,7 @@ from lowrank_onnx.runtime import Runtime, open_session, run
 WIDEST = 16384  # a second moment of this width takes 2 GiB; wider layers go without data
 _LIVE_BYTES = 128 * 2**20  # of observed tensors at one time
 _GRAM_BYTES = 2 * 2**30  # of second moments in one pass over the data
+_HELD_OUT = 0.2  # of the lookups in a table
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
@@ -54,6 +55,37 @@ class MomentSums:
         """The sums divided by the number of rows."""
         return Moments(self.rows, self.total / self.rows, self.products / self.rows)
 
+    @property
+    def finite(self) -> bool:
+        """Whether nothing overflowed."""
+        return bool(np.isfinite(self.products).all())
+
+
+@dataclass
+class CountSums:
+    """Running counts of the rows of a table of ``size`` rows."""
+
+    size: int
+    rows: int = 0
+    total: Array = field(init=False)
+    held: Array = field(init=False)
+    finite: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.total = np.zeros(self.size, np.int64)
+        self.held = np.zeros(self.size, np.int64)
+
+    def add(self, rows: Array) -> None:
+        """Add indices (n,); the last fifth of them, samples of their own in a batch, is held out."""
+        found = np.where(rows < 0, rows.astype(np.int64) + self.size, rows)
+        self.rows += len(found)
+        self.total += np.bincount(found, minlength=self.size)
+        self.held += np.bincount(found[math.ceil((1 - _HELD_OUT) * len(found)) :], minlength=self.size)
+
+    def moments(self) -> Counts:
+        """The counts so far."""
+        return Counts(self.rows, self.total, self.held)
+
 
 def unobserved(site: Site) -> str | None:
     """Return why ``observe`` cannot see what goes into a site; None if it can."""
@@ -61,6 +93,8 @@ def unobserved(site: Site) -> str | None:
         return "inside a subgraph"
     if site.kind == "convolution":
         return unseen(site)
+    if site.kind == "embedding":
+        return None
     if site.kind not in ("linear", "shared_input", "feedforward", "attention"):
         return f"inputs of kind {site.kind} are not looked at"
     if site.weight.ndim != 2:
@@ -77,8 +111,9 @@ def observe(
     runtime: Runtime,
     mask: str | None = None,
     progress: Progress | None = None,
-) -> dict[str, dict[str, Moments]]:
-    """Return the moments of every observable site on the calibration data.
+    copies: int = 0,
+) -> dict[str, dict[str, Moments | Counts]]:
+    """Return the moments of every observable site on the calibration data, of an embedding the counts.
 
     Of a convolution the rows are the patches at a random sample of about ``POSITIONS`` output positions.
 
@@ -89,6 +124,7 @@ def observe(
         runtime: Where to run.
         mask: Name of the input that marks real rows with non-zero values; None looks for one.
         progress: Told after every batch.
+        copies: How many samples at the end were made of the others; words are not counted in them.
 
     Raises:
         DataError: ``mask`` names no input, or nothing is left behind the mask.
@@ -96,18 +132,22 @@ def observe(
     """
     chosen = [site for site in sites if unobserved(site) is None]
     layouts = {(use.input, row_layout(site)): _width(site, use) for site in chosen for use in site.uses}
-    sums = {key: MomentSums(width) for key, width in layouts.items()}
+    sums = {key: (CountSums if isinstance(key[1], Lookup) else MomentSums)(width) for key, width in layouts.items()}
     shapes = {use.input: use.input_shape for site in chosen for use in site.uses}
     for group in _groups(layouts):
         names = sorted({name for name, _ in group})
         session = open_session(expose(model.proto, names), runtime, model.folder)
         size = _batch_size(session, dataset, [shapes[name] for name in names])
-        for indices in batches(len(dataset), size):
+        genuine = len(dataset) - copies
+        rest = (range(part.start + genuine, part.stop + genuine) for part in batches(copies, size))
+        for indices in (*batches(genuine, size), *rest):
             feeds = dataset.batch(indices) if size > 1 else dataset.feeds(indices[0])
             values = run(session, feeds, [name for name in names if name not in feeds])
             keep = padding_mask(feeds, mask)
             for key in group:
                 name, layout = key
+                if indices[0] >= genuine and isinstance(layout, Lookup):
+                    continue
                 value = feeds[name] if name in feeds else values[name]
                 count = positions_of(len(indices), len(dataset))
                 sums[key].add(choose_rows(layout, value.shape, keep, count, indices[0]).of_input(value))
@@ -116,7 +156,7 @@ def observe(
     for (name, _), entry in sums.items():
         if entry.rows == 0:
             raise DataError(f"no row of tensor '{name}' is left behind the mask; is '{mask or 'the mask'}' all zeros?")
-        if not np.isfinite(entry.products).all():
+        if not entry.finite:
             raise DataError(
                 f"the calibration data make tensor '{name}' overflow or hold NaN; are they scaled as the model expects?"
             )
@@ -137,19 +177,30 @@ def expose(proto: ModelProto, names: Sequence[str]) -> ModelProto:
 
 def _width(site: Site, use: Use) -> int:
     """Length of the rows that meet a weight; the parts of an attention block may read tensors of two widths."""
+    if site.kind == "embedding":
+        return int(site.weight.shape[site.attributes["axis"]])
     if site.kind == "attention":
         return int(next(part for part in site.attributes["parts"] if part.uses[0] is use).weight.shape[0])
     return int(as_linear(site).weight.shape[0])
 
 
-Layout = str | Window
+@dataclass(frozen=True)
+class Lookup:
+    """Every element of the input is the number of a row, of a table with ``size`` rows."""
+
+    size: int
+
+
+Layout = str | Window | Lookup
 """How the rows of a site lie in its input; see ``row_layout``."""
 
 
 def row_layout(site: Site) -> Layout:
-    """How the rows lie in the input: ``last`` axis, ``first`` of the two last ones, or under a moving window."""
+    """How the rows lie in the input: ``last`` axis, ``first`` of the two last ones, under a window, or as indices."""
     if site.kind == "convolution":
         return window(site)
+    if site.kind == "embedding":
+        return Lookup(_width(site, site.uses[0]))
     columns = (site.attributes.get("side") == "left") != bool(site.attributes.get("data_transposed"))
     return "first" if columns else "last"
 
@@ -167,6 +218,8 @@ class Rows:
         if isinstance(self.layout, Window):
             assert self.places is not None
             return self.layout.patches(value, self.places)
+        if isinstance(self.layout, Lookup):
+            return as_rows(value[..., None], "last", self.keep)[:, 0]
         return as_rows(value, self.layout, self.keep)
 
     def of_output(self, value: Array) -> Array:
@@ -258,7 +311,7 @@ def _groups(layouts: Mapping[tuple[str, Layout], int]) -> list[list[tuple[str, L
     groups: list[list[tuple[str, Layout]]] = [[]]
     used = 0
     for key, width in layouts.items():
-        size = 8 * width * width
+        size = 16 * width if isinstance(key[1], Lookup) else 8 * width * width
         if groups[-1] and used + size > _GRAM_BYTES:
             groups.append([])
             used = 0

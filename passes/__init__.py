@@ -3,6 +3,7 @@
 from lowrank_onnx.base import Pass
 from lowrank_onnx.passes.channel import Channel
 from lowrank_onnx.passes.cp import CP
+from lowrank_onnx.passes.embedding import Embedding
 from lowrank_onnx.passes.feedforward import Feedforward
 from lowrank_onnx.passes.heads import Heads
 from lowrank_onnx.passes.shared_input import SharedInput
@@ -11,6 +12,8 @@ from lowrank_onnx.passes.svd import SVD
 from lowrank_onnx.passes.tensor_train import TensorTrain
 from lowrank_onnx.passes.tucker import Tucker
 
-PASSES: tuple[type[Pass], ...] = (SVD, SharedInput, Feedforward, Heads, Spatial, Channel, Tucker, CP, TensorTrain)
+PASSES: tuple[type[Pass], ...] = (
+    SVD, SharedInput, Feedforward, Heads, Spatial, Channel, Tucker, CP, TensorTrain, Embedding,
+)  # fmt: skip
 
 __all__ = ["PASSES"]

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from lowrank_onnx.base import Moments, Pass, Site
+from lowrank_onnx.base import Pass, Site
 from lowrank_onnx.problem import Problem, pose
 from lowrank_onnx.rewrite import rewrite
 from lowrank_onnx.runtime import Runtime
@@ -105,7 +105,7 @@ def problem(proto: ModelProto, data: Mapping[str, Array] | None = None) -> Probl
     return pose(proto, RUNTIME, calibrate=data)
 
 
-def moments(posed: Problem) -> dict[str, dict[str, Moments]]:
+def moments(posed: Problem) -> dict[str, dict[str, Any]]:
     """What the sites see on the calibration data; nothing without data."""
     if posed.calibrate is None:
         return {}

@@ -24,7 +24,7 @@ ORDER = """
     shapes quantized
     sites.weights
     sites
-    cost batches feeds chains patches
+    cost batches feeds chains patches lookups
     conv_chains head_chains
     statistics stream rewrite kept
     allocation target plans

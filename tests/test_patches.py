@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from onnx import ModelProto
 
+from lowrank_onnx.base import Moments
 from lowrank_onnx.patches import WIDEST, Window, as_linear, unseen, window
 from lowrank_onnx.statistics import choose_rows, observe, row_layout, unobserved
 from tests.builders import Array, answers, build, difference, problem
@@ -74,7 +75,7 @@ def test_moments_are_those_of_all_patches() -> None:
     seen = observe(posed.model, posed.sites, posed.calibrate, posed.runtime)[site.name]["x"]
     padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (0, 2))).astype(np.float64)
     rows = np.stack([padded[b, :, i : i + 3, j : j + 2].ravel() for b in range(6) for i in range(5) for j in range(5)])
-    assert seen.rows == len(rows)
+    assert isinstance(seen, Moments) and seen.rows == len(rows)
     assert difference(seen.gram, rows.T @ rows / len(rows)) < 1e-6
     assert difference(seen.mean, rows.mean(axis=0)) < 1e-6
 
