@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ def _close(a: Array, b: Array) -> bool:
     return bool(np.abs(a.astype(np.float64) - b).max(initial=0.0) <= _TOLERANCE * scale)
 
 
-def batches(count: int, size: int) -> Iterator[Sequence[int]]:
+def batches(count: int, size: int) -> Iterator[range]:
     """Split ``range(count)`` into runs of at most ``size``."""
     for start in range(0, count, size):
         yield range(start, min(start + size, count))

@@ -5,6 +5,7 @@ from lowrank_onnx.passes.channel import Channel
 from lowrank_onnx.passes.cp import CP
 from lowrank_onnx.passes.embedding import Embedding
 from lowrank_onnx.passes.feedforward import Feedforward
+from lowrank_onnx.passes.grouped_embedding import GroupedEmbedding
 from lowrank_onnx.passes.heads import Heads
 from lowrank_onnx.passes.shared_input import SharedInput
 from lowrank_onnx.passes.spatial import Spatial
@@ -13,7 +14,17 @@ from lowrank_onnx.passes.tensor_train import TensorTrain
 from lowrank_onnx.passes.tucker import Tucker
 
 PASSES: tuple[type[Pass], ...] = (
-    SVD, SharedInput, Feedforward, Heads, Spatial, Channel, Tucker, CP, TensorTrain, Embedding,
-)  # fmt: skip
+    SVD,
+    SharedInput,
+    Feedforward,
+    Heads,
+    Spatial,
+    Channel,
+    Tucker,
+    CP,
+    TensorTrain,
+    Embedding,
+    GroupedEmbedding,
+)
 
 __all__ = ["PASSES"]
