@@ -103,6 +103,8 @@ class Moments:
         target_cross: (K, N) E[xᵀ t]; None where the weight's own output is wanted.
         target_mean: (N,) E[t].
         target_energy: E|t|².
+        sensitivity: (2, directions, gates * hidden) of a recurrent cell: mean squared effect of an error in a
+            row of W x and of R h on the states to come; None elsewhere.
     """
 
     rows: int
@@ -111,6 +113,7 @@ class Moments:
     target_cross: Array | None = None
     target_mean: Array | None = None
     target_energy: float = 0.0
+    sensitivity: Array | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

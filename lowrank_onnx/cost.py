@@ -84,6 +84,8 @@ def node_macs(scope: Scope, node: NodeProto, shapes: Shapes) -> int | None:
 
     if node.domain not in ("", "ai.onnx", "com.microsoft"):
         return 0
+    if node.op_type == "MatMul" and all(_is_stored(scope, name) for name in node.input):
+        return 0  # a weight stored as a product is multiplied once, at load
     if node.op_type in ("MatMul", "Gemm", "MatMulInteger", "FusedMatMul"):
         left, out = shape(node.input[0]), shape(node.output[0])
         if left is None or out is None:
@@ -104,6 +106,11 @@ def node_macs(scope: Scope, node: NodeProto, shapes: Shapes) -> int | None:
     if node.op_type == "Attention" and node.domain in ("", "ai.onnx"):
         return _attention_macs(shape(node.input[0]), shape(node.input[1]), shape(node.input[2]), node)
     return 0
+
+
+def _is_stored(scope: Scope, name: str) -> bool:
+    owner = scope.owner(name)
+    return owner is not None and name in owner.initializers and name not in owner.inputs
 
 
 def _einsum_macs(shapes: list[tuple[int, ...] | None], equation: str) -> int | None:

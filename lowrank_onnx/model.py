@@ -28,7 +28,9 @@ Array = NDArray[Any]
 FLOAT_TYPES = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16})
 
 # Operators through which a weight may pass on its way to the node that uses it.
-_TRANSPARENT = frozenset({"Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten"})
+TRANSPARENT = frozenset(
+    {"Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Concat"}
+)
 
 # Weight operators worth looking for inside model-local functions.
 _WEIGHT_OPS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "LSTM", "GRU", "RNN", "Gather"})
@@ -146,7 +148,7 @@ class Model:
         if node.op_type == "Constant":
             made = _constant_value(node)
             return None if made is None else Constant(made, f"{scope.path}:{name}", frozenset([root]))
-        if node.op_type not in _TRANSPARENT:
+        if node.op_type not in TRANSPARENT:
             return None
         inputs = [self.constant(scope, source) for source in node.input if source]
         if not inputs or any(entry is None for entry in inputs):

@@ -21,6 +21,7 @@ from lowrank_onnx.linalg import Array
 from lowrank_onnx.lookups import dense_lookup
 from lowrank_onnx.model import Model
 from lowrank_onnx.proposals import Proposal
+from lowrank_onnx.recurrent_chains import dense_cell, fused
 from lowrank_onnx.rewrite import rewrite
 from lowrank_onnx.runtime import Runtime
 from lowrank_onnx.statistics import Progress, as_rows, padding_mask
@@ -174,6 +175,11 @@ def _with_dense(model: Model, parts: Sequence[Site]) -> tuple[Any, dict[str, dic
     replacements: list[Replacement] = []
     constants: dict[str, dict[str, tuple[str, Array]]] = {}
     for part in parts:
+        if part.kind == "recurrent":
+            made = dense_cell(part, part.weight, part.attributes["bias"])
+            replacements += [fused(part, use, made) for use in part.uses]
+            constants[part.name] = {f"{part.name}/{role}": (role, value) for role, value in made.items()}
+            continue
         name = f"{part.name}/dense"
         made = {name: ("weight", part.weight)}
         for use in part.uses:
@@ -233,6 +239,9 @@ def _curve(
 def _stored(site: Site, part: Site, role: str, value: Array, dense: Mapping[str, Any]) -> Array:
     """A constant as the rewritten graph stores it: transposed where the weight stands on the left."""
     entry = dense.get(part.name)
+    if part.kind == "recurrent":
+        bias = None if entry is None else next(iter(entry.biases.values()), None)
+        return value if entry is None else dense_cell(part, entry.weight, bias)[role]
     if part.kind in ("convolution", "embedding"):
         changed = entry is not None and (role == "weight" or role in entry.biases)
         made = (entry.weight if role == "weight" else entry.biases[role]) if entry is not None and changed else value

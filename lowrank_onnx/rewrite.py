@@ -144,7 +144,7 @@ def _drop_value_info(graph: GraphProto, names: set[str]) -> None:
 
 
 def _add_initializer(proto: ModelProto, name: str, array: Array) -> None:
-    tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
+    tensor = onnx.numpy_helper.from_array(np.asarray(array, order="C"), name)
     proto.graph.initializer.append(tensor)
     if proto.ir_version < FIRST_IR_WITH_FREE_INITIALIZERS:  # the format of that time lists them as inputs too
         proto.graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))

@@ -19,6 +19,7 @@ from lowrank_onnx.errors import DataError
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.model import Model
 from lowrank_onnx.patches import POSITIONS, Places, Window, as_linear, unseen, window
+from lowrank_onnx.recurrent_statistics import observe_cells
 from lowrank_onnx.runtime import Runtime, open_session, run
 
 WIDEST = 16384  # a second moment of this width takes 2 GiB; wider layers go without data
@@ -161,7 +162,9 @@ def observe(
                 f"the calibration data make tensor '{name}' overflow or hold NaN; are they scaled as the model expects?"
             )
     done = {key: entry.moments() for key, entry in sums.items()}
-    return {site.name: {use.input: done[(use.input, row_layout(site))] for use in site.uses} for site in chosen}
+    cells = observe_cells(model, sites, dataset, runtime, lambda feeds: padding_mask(feeds, mask), progress)
+    rows = {site.name: {use.input: done[(use.input, row_layout(site))] for use in site.uses} for site in chosen}
+    return rows | cells
 
 
 def expose(proto: ModelProto, names: Sequence[str]) -> ModelProto:

@@ -7,6 +7,9 @@ from lowrank_onnx.passes.embedding import Embedding
 from lowrank_onnx.passes.feedforward import Feedforward
 from lowrank_onnx.passes.grouped_embedding import GroupedEmbedding
 from lowrank_onnx.passes.heads import Heads
+from lowrank_onnx.passes.recurrent_cell import RecurrentCell
+from lowrank_onnx.passes.recurrent_input import RecurrentInput
+from lowrank_onnx.passes.recurrent_stored import RecurrentStored
 from lowrank_onnx.passes.shared_input import SharedInput
 from lowrank_onnx.passes.spatial import Spatial
 from lowrank_onnx.passes.svd import SVD
@@ -18,6 +21,9 @@ PASSES: tuple[type[Pass], ...] = (
     SharedInput,
     Feedforward,
     Heads,
+    RecurrentInput,
+    RecurrentStored,
+    RecurrentCell,
     Spatial,
     Channel,
     Tucker,

@@ -24,8 +24,8 @@ ORDER = """
     shapes quantized
     sites.weights
     sites
-    cost batches feeds chains patches lookups
-    conv_chains head_chains
+    cost batches feeds chains patches lookups recurrent_statistics
+    conv_chains head_chains recurrent_chains
     statistics stream rewrite kept
     allocation target plans
     validation

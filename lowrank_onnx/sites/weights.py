@@ -10,7 +10,7 @@ from onnx import NodeProto
 
 from lowrank_onnx.errors import ModelError
 from lowrank_onnx.linalg import Array
-from lowrank_onnx.model import FLOAT_TYPES, Constant, Model, Scope
+from lowrank_onnx.model import FLOAT_TYPES, TRANSPARENT, Constant, Model, Scope
 
 WEIGHT_DTYPES = (np.float16, np.float32, np.float64)
 
@@ -69,7 +69,7 @@ def _is_released(scope: Scope, name: str, removed: frozenset[str]) -> bool:
     for reader in scope.readers.get(name, ()):
         if reader.node.name in removed:
             continue
-        if reader.node.op_type not in ("Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten"):
+        if reader.node.op_type not in TRANSPARENT:
             return False
         if not all(_is_released(reader.scope, output, removed) for output in reader.node.output if output):
             return False
