@@ -105,6 +105,8 @@ class Moments:
         target_energy: E|t|².
         sensitivity: (2, directions, gates * hidden) of a recurrent cell: mean squared effect of an error in a
             row of W x and of R h on the states to come; None elsewhere.
+        folds: Of a recurrent cell, the same sums over most samples and over those held out; None where there
+            are too few.
     """
 
     rows: int
@@ -114,6 +116,7 @@ class Moments:
     target_mean: Array | None = None
     target_energy: float = 0.0
     sensitivity: Array | None = None
+    folds: tuple[Moments, Moments] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -24,6 +24,7 @@ from lowrank_onnx.proposals import Proposal
 from lowrank_onnx.rewrite import rewrite
 from lowrank_onnx.runtime import onnxruntime, open_session
 from lowrank_onnx.shapes import Shapes
+from lowrank_onnx.sites.recurrent import has_lengths, state_inputs
 from lowrank_onnx.statistics import Progress
 from lowrank_onnx.stream import reads
 from lowrank_onnx.validation import benchmark
@@ -127,6 +128,10 @@ def _region(model: Model, site: Site, shapes: Shapes) -> ModelProto | None:
     main = model.scopes[0]
     members = (*site.attributes.get("into", ()), site)
     inputs = {use.input for member in members for use in member.uses} - set(site.attributes.get("between", ()))
+    if site.kind == "recurrent":
+        inputs |= set(state_inputs(site)) - set(main.initializers)
+        if has_lengths(site):
+            return None  # made-up lengths would be timed, not those of the data
     outputs = [use.output for use in site.uses]
     if "region" in site.attributes:
         inputs, outputs = set(site.attributes["region"][0]), [site.attributes["region"][1]]

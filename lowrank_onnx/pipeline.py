@@ -21,6 +21,7 @@ from lowrank_onnx.building import Choice
 from lowrank_onnx.cache import open_cache
 from lowrank_onnx.errors import LowRankError, PlanError, TargetError
 from lowrank_onnx.feeds import choose_feeds, read_shapes
+from lowrank_onnx.forms import quickest
 from lowrank_onnx.frontiers import FRONTIER_FILES, frontier_point, reference_points, write_frontier
 from lowrank_onnx.latency import latency_saving, measure_latencies
 from lowrank_onnx.model import Model, check_output, save
@@ -185,6 +186,9 @@ def _decide(
         raise LowRankError(f"--rank '{target.text}' is no selector of the techniques in use ({_summary(reasons)})")
     if not proposals:
         raise TargetError(f"{target.option} cannot be met: no layer can be factorized ({_summary(reasons)})")
+    if target.kind in BUDGETS and target.kind != "keep_macs":
+        with clock.step("time"):
+            proposals = quickest(problem, proposals, open_cache(settings.cache), progress)
     damage = _probed(problem, target, settings, proposals, clock, progress)
 
     def finish(selection: Selection) -> Selection:

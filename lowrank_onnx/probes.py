@@ -176,9 +176,9 @@ def _with_dense(model: Model, parts: Sequence[Site]) -> tuple[Any, dict[str, dic
     constants: dict[str, dict[str, tuple[str, Array]]] = {}
     for part in parts:
         if part.kind == "recurrent":
-            made = dense_cell(part, part.weight, part.attributes["bias"])
-            replacements += [fused(part, use, made) for use in part.uses]
-            constants[part.name] = {f"{part.name}/{role}": (role, value) for role, value in made.items()}
+            stored = dense_cell(part, part.weight, part.attributes["bias"])
+            replacements += [fused(part, use, stored) for use in part.uses]
+            constants[part.name] = {f"{part.name}/{role}": (role, value) for role, value in stored.items()}
             continue
         name = f"{part.name}/dense"
         made = {name: ("weight", part.weight)}

@@ -7,6 +7,7 @@ first factor the second is the dense weight. ``bias`` (D, 2 N) is the whole B. N
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +61,23 @@ def dense_cell(site: Site, weight: Array, bias: Array | None) -> dict[str, Array
     inputs = site.attributes["inputs"]
     made = {"second": store(weight[:, :, :inputs], site), "state_second": store(weight[:, :, inputs:], site)}
     return made if bias is None else {**made, "bias": store(bias, site)}
+
+
+def stored_elements(nodes: Sequence[gs.Node]) -> int:
+    """Floating-point elements the nodes store, bodies included; a constant that several of them read once."""
+    total = 0
+    seen: set[str] = set()
+    for node in nodes:
+        for tensor in node.inputs:
+            if isinstance(tensor, gs.Constant) and tensor.name not in seen and tensor.values.dtype.kind == "f":
+                seen.add(tensor.name)
+                total += tensor.values.size
+        for value in node.attrs.values():
+            if isinstance(value, gs.Graph):
+                total += stored_elements(value.nodes)
+            elif isinstance(value, onnx.TensorProto):
+                total += math.prod(value.dims)
+    return total
 
 
 def unspoken(site: Site) -> str | None:

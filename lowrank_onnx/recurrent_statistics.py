@@ -19,6 +19,7 @@ from lowrank_onnx.model import Model
 from lowrank_onnx.runtime import Runtime, open_session, run
 from lowrank_onnx.sites.recurrent import operand
 
+HELD_OUT_EVERY = 5  # samples; ridges are chosen on the fifth part
 DEFAULT_ACTIVATIONS = {"LSTM": ("sigmoid", "tanh", "tanh"), "GRU": ("sigmoid", "tanh"), "RNN": ("tanh",)}
 
 
@@ -68,13 +69,14 @@ class _Sums:
     def __init__(self, site: Site) -> None:
         sizes = site.attributes
         self.site = site
-        self.rows = 0
         width = sizes["inputs"] + sizes["directions"] * sizes["hidden"]
-        self.total, self.products = np.zeros(width), np.zeros((width, width))
+        self.rows = np.zeros(2, np.int64)  # of most samples, and of those held out
+        self.total, self.products = np.zeros((2, width)), np.zeros((2, width, width))
         self.felt = np.zeros((2, sizes["directions"], sizes["gates"] * sizes["hidden"]))
 
-    def add(self, node: Any, values: Mapping[str, Array], output: str, keep: Array | None) -> None:
+    def add(self, node: Any, values: Mapping[str, Array], output: str, keep: Array | None, held: bool) -> None:
         """Add one run: ``values`` holds what the node reads, and Y as ``output``."""
+        fold = int(held)
         cell, sizes = read_cell(self.site, node), self.site.attributes
         x, y = values[operand(node, 0)], values[output]
         if cell.layout == 1:
@@ -103,13 +105,21 @@ class _Sums:
                 for side, felt in enumerate(sensitivity(self.site.op, pre, cell.linear_before_reset)):
                     self.felt[side, d] += felt[turn][valid].sum(axis=0, dtype=np.float64)
         z = np.concatenate(joined, axis=2)[valid]
-        self.rows += len(z)
-        self.total += z.sum(axis=0, dtype=np.float64)
-        self.products += z.T @ z
+        self.rows[fold] += len(z)
+        self.total[fold] += z.sum(axis=0, dtype=np.float64)
+        self.products[fold] += z.T @ z
 
     def moments(self) -> Moments:
-        felt = self.felt / self.rows
-        return Moments(self.rows, self.total / self.rows, self.products / self.rows, sensitivity=felt)
+        """The sums divided by the number of steps."""
+        rows = int(self.rows.sum())
+        total, products = self.total.sum(axis=0) / rows, self.products.sum(axis=0) / rows
+        folds = None
+        if self.rows.all():
+            most, held = (
+                Moments(int(n), t / n, p / n) for n, t, p in zip(self.rows, self.total, self.products, strict=True)
+            )
+            folds = (most, held)
+        return Moments(rows, total, products, sensitivity=self.felt / rows, folds=folds)
 
 
 def _initial(values: Mapping[str, Array], name: str, cell: Cell, sizes: Mapping[str, Any], batch: int) -> Array:
@@ -161,14 +171,15 @@ def observe_cells(
     sums = {site.name: _Sums(site) for site in chosen}
     for place in range(len(dataset)):
         feeds = dataset.feeds(place)
+        held = place % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         values = {**constants, **feeds, **run(session, feeds, fetch)}
         for site in chosen:
             for use in site.uses:
-                sums[site.name].add(site.attributes[use.node], values, outputs[use.node], padding(feeds))
+                sums[site.name].add(site.attributes[use.node], values, outputs[use.node], padding(feeds), held)
         if progress is not None:
             progress("observe cells", place + 1, len(dataset))
     for name, entry in sums.items():
-        if entry.rows == 0:
+        if not entry.rows.any():
             raise DataError(f"the calibration data hold no step of any sequence for '{name}'; give longer sequences")
         if not np.isfinite(entry.products).all():
             raise DataError(

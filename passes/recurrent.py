@@ -14,7 +14,10 @@ from lowrank_onnx.chains import store
 from lowrank_onnx.decompositions.recurrent import CellBasis, CellFactors, CellMoments, decompose
 from lowrank_onnx.linalg import Array, energy_rank
 from lowrank_onnx.passes.svd import grid_step
+from lowrank_onnx.recurrent_chains import stored_elements
 from lowrank_onnx.recurrent_statistics import read_cell
+
+RIDGES = (0.001, 0.01, 0.1, 0.3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,14 +34,15 @@ class RecurrentPass(Pass):
 
     Options:
         multiple: Offer only ranks divisible by this; 0 chooses 8 or 16, less for narrow cells.
-        ridge: Shrinkage towards weight-only SVD, in units of the mean variance of what the cell sees.
+        ridge: Shrinkage towards weight-only SVD, in units of the mean variance of what the cell sees; 0 takes
+            the best of a few on held-out samples.
     """
 
     kinds = ("recurrent",)
     takes_state: ClassVar[bool] = True
     steps_folded: ClassVar[bool] = True
     multiple: int = 0
-    ridge: float = 0.001
+    ridge: float = 0.0
 
     def __post_init__(self) -> None:
         if self.multiple < 0 or self.ridge < 0:
@@ -62,13 +66,26 @@ class RecurrentPass(Pass):
         w, r = site.weight[:, :, :inputs], site.weight[:, :, inputs:]
         if moments is None:
             return CellAnalysis(decompose(w, r, None, self.ridge), None)
-        entry = _pooled(site, moments)
-        mean = entry.mean if site.attributes["bias"] is not None else None
-        gram = entry.gram if mean is None else entry.gram - np.outer(mean, mean)
-        assert entry.sensitivity is not None
-        rows = np.stack([_weights(part) for part in entry.sensitivity])
-        told = CellMoments(gram, rows[0], rows[1], _coupled(site))
-        return CellAnalysis(decompose(w, r, told, self.ridge), mean)
+        entry = moments[site.uses[0].input]
+        centred = site.attributes["bias"] is not None
+        ridge = self.ridge or self._choose_ridge(site, w, r, entry, centred)
+        told = _cell_moments(site, entry, entry, entry.mean if centred else None)
+        return CellAnalysis(decompose(w, r, told, ridge), entry.mean if centred else None)
+
+    def _choose_ridge(self, site: Site, w: Array, r: Array, entry: Moments, centred: bool) -> float:
+        """The ridge that loses least on the samples held out, at half of the parameters."""
+        if entry.folds is None:
+            return RIDGES[1]
+        most, held = entry.folds
+        mean = most.mean if centred else None
+        seen, unseen = (_cell_moments(site, entry, part, mean) for part in (most, held))
+        errors = []
+        for ridge in RIDGES:
+            basis = decompose(w, r, seen, ridge)
+            pairs = self.ranks(site, CellAnalysis(basis, mean))
+            error = basis.output_error(basis.factors(*pairs[len(pairs) // 2]), unseen) if pairs else 0.0
+            errors.append(error or 0.0)
+        return RIDGES[int(np.argmin(errors))]
 
     def ranks(self, site: Site, analysis: CellAnalysis) -> Sequence[tuple[int, ...]]:
         """See Pass.ranks."""
@@ -86,16 +103,17 @@ class RecurrentPass(Pass):
         """See Pass.candidate."""
         made = analysis.basis.factors(*ranks)
         own, state = _elements(made.first, made.second), _elements(made.state_first, made.state_second)
-        bias = site.attributes["bias"]
         run = own + (analysis.basis.r.size if self.steps_folded else state)
         steps = None if site.macs is None else site.macs // site.weight.size
+        factors = self._stored(site, analysis, made)
+        nodes = [node for use in site.uses for node in self.replace(site, use, factors).nodes]
         return Candidate(
             site=site.name,
             technique=self.name,
             ranks=ranks,
-            parameters=own + state + (0 if bias is None else bias.size),
+            parameters=stored_elements(nodes),
             macs=None if steps is None else steps * run,
-            nodes=len(self.replace(site, site.uses[0], self._stored(site, analysis, made)).nodes) - 1,
+            nodes=len(nodes) - len(site.uses),
             weight_error=analysis.basis.weight_error(made),
             output_error=analysis.basis.output_error(made),
         )
@@ -171,9 +189,15 @@ def _elements(first: Array | None, second: Array) -> int:
     return second.size + (0 if first is None else first.size)
 
 
-def _pooled(site: Site, moments: Mapping[str, Moments]) -> Moments:
-    """Uses of one cell are summed together when they are observed."""
-    return moments[site.uses[0].input]
+def _cell_moments(site: Site, entry: Moments, part: Moments, mean: Array | None) -> CellMoments:
+    """Moments of some samples around a mean, with the sensitivities of all."""
+    gram = part.gram
+    if mean is not None:
+        crossed = np.outer(part.mean, mean)
+        gram = gram - crossed - crossed.T + np.outer(mean, mean)
+    assert entry.sensitivity is not None
+    rows = [_weights(felt) for felt in entry.sensitivity]
+    return CellMoments(gram, rows[0], rows[1], _coupled(site))
 
 
 def _weights(felt: Array) -> Array:

@@ -20,6 +20,7 @@ from lowrank_onnx.base import KINDS as ALL_KINDS
 from lowrank_onnx.base import Candidate, Dense, Factors, Pass, RankWish, Replacement, Site
 from lowrank_onnx.model import parameter_count, serialize
 from lowrank_onnx.passes import PASSES
+from lowrank_onnx.passes.recurrent_stored import RecurrentStored
 from lowrank_onnx.problem import Problem
 from lowrank_onnx.rewrite import rewrite
 from tests.builders import Array, answers, build, correlated, difference, falling, furthest, moments, problem
@@ -354,6 +355,7 @@ def convolution_error(posed: Problem, site: Site, lost: Mapping[str, float]) -> 
     return float(np.sqrt(lost[site.name] / total))
 
 
+<<<<<<< HEAD
 # --- attention ---------------------------------------------------------------------------------------
 
 
@@ -520,6 +522,72 @@ def embedding_error(posed: Problem, site: Site, lost: Mapping[str, float]) -> fl
     seen = [answers(posed.model.proto, posed.calibrate.feeds(place), names) for place in range(len(posed.calibrate))]
     total = sum(float(np.sum(entry[name].astype(np.float64) ** 2)) for entry in seen for name in names)
     return float(np.sqrt(lost[site.name] / total))
+=======
+# --- recurrent ---------------------------------------------------------------------------------------
+
+
+def recurrent_cases() -> dict[str, Case]:
+    """The three cells; both directions; with and without bias, initial states, lengths and peepholes."""
+    rng = np.random.default_rng(0)
+
+    def weights(gates: int, directions: int = 1) -> dict[str, Array]:
+        rows = gates * 12
+        return {
+            "w": np.stack([2 * falling(rows, 16, seed=d) for d in range(directions)]),
+            "r": np.stack([2 * falling(rows, 12, seed=7 + d) for d in range(directions)]),
+            "b": rng.standard_normal((directions, 2 * rows)).astype(np.float32) / 4,
+            "n": np.array([9], np.int32),
+            "p": rng.standard_normal((directions, 36)).astype(np.float32),
+        }
+
+    def case(text: str, gates: int, directions: int = 1, names: str = "wrb", **more: Array) -> Case:
+        constants = {name: value for name, value in weights(gates, directions).items() if name in names}
+        x = np.random.default_rng(1).permuted(correlated((8, 11, 1, 16)), axis=0)
+        return Case(build(text, constants), {"x": x / 2, **more})
+
+    one = "g (float[t,m,16] x) => (float[t,1,m,12] y) "
+    both = "g (float[t,m,16] x) => (float[t,2,m,12] y) "
+    states = {
+        name: np.random.default_rng(seed).uniform(-1, 1, (8, 1, 1, 12)).astype(np.float32)
+        for seed, name in enumerate(("h", "c"))
+    }
+    kept = """g (float[t,m,16] x, float[1,m,12] h, float[1,m,12] c)
+        => (float[t,1,m,12] y, float[1,m,12] u, float[1,m,12] v)
+        { y, u, v = LSTM<hidden_size=12>(x, w, r, b, , h, c) }"""
+    return {
+        "lstm": case(kept, 4, **states),
+        "lstm both ways": case(both + """{ y = LSTM<hidden_size=12, direction="bidirectional">(x, w, r, b) }""", 4, 2),
+        "lstm peepholes": case(one + "{ y = LSTM<hidden_size=12>(x, w, r, b, , , , p) }", 4, names="wrbp"),
+        "gru": case(one + "{ y = GRU<hidden_size=12, linear_before_reset=1>(x, w, r, b) }", 3),
+        "gru reset first": case(one + """{ y = GRU<hidden_size=12, direction="reverse">(x, w, r, b) }""", 3),
+        "gru without bias": case(one + "{ y = GRU<hidden_size=12>(x, w, r) }", 3, names="wr"),
+        "gru lengths": case(one + "{ y = GRU<hidden_size=12>(x, w, r, b, n) }", 3, names="wrbn"),
+        "rnn": case(one + "{ y = RNN<hidden_size=12>(x, w, r, b) }", 1),
+    }
+
+
+def put_dense_recurrent(posed: Problem, dense: Mapping[str, Dense]) -> ModelProto:
+    """Write W, R and B into the nodes by hand."""
+    proto = ModelProto()
+    proto.CopyFrom(posed.model.proto)
+    nodes = {node.name: node for node in proto.graph.node}
+    for name, entry in dense.items():
+        inputs = posed.by_name[name].attributes["inputs"]
+        made = {1: entry.weight[..., :inputs], 2: entry.weight[..., inputs:]}
+        for use in posed.by_name[name].uses:
+            if use.node in entry.biases:
+                made[3] = entry.biases[use.node]
+            for place, value in made.items():
+                stored = np.ascontiguousarray(value, posed.by_name[name].weight.dtype)
+                proto.graph.initializer.append(onnx.numpy_helper.from_array(stored, f"dense/{use.node}/{place}"))
+                nodes[use.node].input[place] = f"dense/{use.node}/{place}"
+    return proto
+
+
+def recurrent_error(posed: Problem, site: Site, lost: Mapping[str, float]) -> float:
+    """Told by the pre-activations, which the factors are fitted to; see tests/passes/test_recurrent.py."""
+    pytest.skip("the error is that of the pre-activations, which no tensor of the graph holds")
+>>>>>>> 61f781e (recurrent: ridge by held-out samples, the quicker form of equal factors, contract)
 
 
 KINDS = {
@@ -530,6 +598,17 @@ KINDS = {
         unsuitable={
             "one column": build("g (float[n,16] x) => (float[n,1] y) { y = MatMul(x, w) }", {"w": falling(16, 1)}),
             "zeros": build(FLAT + "{ y = MatMul(x, w) }", {"w": np.zeros((16, 20), np.float32)}),
+        },
+    ),
+    "recurrent": Kind(
+        cases=recurrent_cases(),
+        put_dense=put_dense_recurrent,
+        error=recurrent_error,
+        unsuitable={
+            "zeros": build(
+                "g (float[t,m,4] x) => (float[t,1,m,4] y) { y = RNN<hidden_size=4>(x, w, w) }",
+                {"w": np.zeros((1, 4, 4), np.float32)},
+            )
         },
     ),
     "shared_input": Kind(cases=shared_input_cases(), put_dense=put_dense_linear, error=shared_input_error),
@@ -772,6 +851,10 @@ def test_running_twice_gives_the_same_bytes(technique: type[Pass], kind: str, ca
     assert first == second
 
 
+STORED_ONLY = {RecurrentStored}
+"""Techniques that save parameters and not always work: R is multiplied out again when the model is loaded."""
+
+
 @each_case
 def test_errors_fall_and_costs_rise_with_the_rank(technique: type[Pass], kind: str, case: Case) -> None:
     posed = problem(case.proto, case.data)
@@ -787,10 +870,17 @@ def test_errors_fall_and_costs_rise_with_the_rank(technique: type[Pass], kind: s
     for smaller, larger in pairwise(offered):
         assert smaller.parameters < larger.parameters
         assert larger.error <= smaller.error + 1e-9
+<<<<<<< HEAD
         assert smaller.macs is not None and larger.macs is not None and smaller.macs < larger.macs
     # A lookup has no multiply-accumulates that could become fewer.
     assert offered[-1].macs is not None and site.macs is not None
     assert offered[-1].macs < site.macs or kind == "embedding"
+=======
+        assert smaller.macs is not None and larger.macs is not None and smaller.macs <= larger.macs
+        assert smaller.macs < larger.macs or technique in STORED_ONLY
+    assert offered[-1].macs is not None and site.macs is not None and offered[-1].macs <= site.macs
+    assert offered[-1].macs < site.macs or technique in STORED_ONLY
+>>>>>>> 61f781e (recurrent: ridge by held-out samples, the quicker form of equal factors, contract)
 
 
 @pytest.mark.parametrize(("technique", "kind"), TAKEN)

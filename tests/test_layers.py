@@ -32,7 +32,7 @@ ORDER = """
     augment
     problem proposals
     latency building probes
-    probe_cache refine budget
+    probe_cache refine budget forms
     search reporting
     report
     frontiers

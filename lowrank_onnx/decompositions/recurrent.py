@@ -89,7 +89,7 @@ class CellBasis:
 
     def factors(self, input_rank: int, state_rank: int) -> CellFactors:
         """Factors at two ranks; full rank leaves that weight dense."""
-        directions, rows, inputs = self.w.shape
+        directions, rows, _ = self.w.shape
         first, second = None, self.w
         if input_rank < self.full[0]:
             first, right = self.input_basis.factors(input_rank)
@@ -163,12 +163,17 @@ class CellBasis:
             total += max(float(tail.left[rank]), 0.0)
         return total
 
-    def output_error(self, made: CellFactors) -> float | None:
-        """Relative error of the pre-activations, rows weighed; None without data."""
-        if self.moments is None:
+    def output_error(self, made: CellFactors, moments: CellMoments | None = None) -> float | None:
+        """Relative error of the pre-activations, rows weighed; None without data.
+
+        Args:
+            moments: Of other data than the basis was made from.
+        """
+        moments = moments or self.moments
+        if moments is None:
             return None
-        lost = self._energy(self.w - made.input_weight, self.r - made.state_weight, self.moments)
-        total = self._energy(self.w, self.r, self.moments)
+        lost = self._energy(self.w - made.input_weight, self.r - made.state_weight, moments)
+        total = self._energy(self.w, self.r, moments)
         return float(np.sqrt(max(lost, 0.0) / total)) if total > 0 else 0.0
 
     def weight_error(self, made: CellFactors) -> float:

@@ -50,6 +50,17 @@ def operand(node: NodeProto, place: int) -> str:
     return node.input[place] if place < len(node.input) else ""
 
 
+def state_inputs(site: Site) -> list[str]:
+    """Names of the initial states of a recurrent site."""
+    names = [operand(site.attributes[use.node], place) for use in site.uses for place in (5, 6)]
+    return [name for name in names if name]
+
+
+def has_lengths(site: Site) -> bool:
+    """Whether the sequences of a recurrent site have lengths of their own."""
+    return any(operand(site.attributes[use.node], 4) for use in site.uses)
+
+
 def find(model: Model, shapes: Shapes) -> list[Site]:
     """Return one site per recurrent cell.
 
