@@ -20,6 +20,7 @@ from lowrank_onnx.model import Model, from_proto, load
 from lowrank_onnx.runtime import Runtime, input_specs, open_session
 from lowrank_onnx.shapes import Shapes, measure_shapes, static_shapes
 from lowrank_onnx.sites import find_sites
+from lowrank_onnx.sites.recurrent import GATES
 
 Source = str | os.PathLike[str] | onnx.ModelProto | Model
 Data = str | os.PathLike[str] | Mapping[str, Any] | Iterable[Mapping[str, Any]] | Dataset
@@ -119,6 +120,8 @@ def pose(
     }
     if chosen is not None and data["--evaluate"] is None and data["--calibrate"] is None:
         raise MetricError(f"--metric {chosen.name} needs data to be measured on; give --evaluate DATA")
+    for option, entry in data.items():
+        _require_steps(model, entry, option)
     sample = data["--evaluate"] or data["--calibrate"]
     fixed = read_shapes(shape, specs)
     feeds, unfed = None, ""
@@ -149,3 +152,20 @@ def pose(
         cost=model_cost(model, shapes, model.size_bytes),
         seed=seed,
     )
+
+
+def _require_steps(model: Model, data: Dataset | None, option: str) -> None:
+    """Refuse empty inputs of recurrent models: onnxruntime ends the whole process on a sequence of no steps.
+
+    Raises:
+        DataError: An input has an axis of length 0.
+    """
+    cells = [node for scope in model.scopes for node in scope.graph.node if node.op_type in GATES]
+    for place in range(len(data)) if data is not None and cells else ():
+        assert data is not None
+        for name, value in data.feeds(place).items():
+            if 0 in value.shape:
+                raise DataError(
+                    f"sample {place} of {option} holds no step of a sequence: '{name}' has shape {list(value.shape)}; "
+                    f"{cells[0].op_type} '{cells[0].name}' needs at least one, leave such samples out"
+                )

@@ -82,8 +82,6 @@ class _Sums:
         if cell.layout == 1:
             x, y = np.swapaxes(x, 0, 1), np.moveaxis(y, 0, 2)  # (T, B, I), (T, D, B, H)
         steps, batch = x.shape[:2]
-        if steps == 0 or batch == 0:
-            return
         starts = [_initial(values, operand(node, place), cell, sizes, batch) for place in (5, 6)]
         lengths = values.get(operand(node, 4), np.full(batch, steps))
         valid = np.arange(steps)[:, None] < lengths  # (T, B)
@@ -180,7 +178,7 @@ def observe_cells(
             progress("observe cells", place + 1, len(dataset))
     for name, entry in sums.items():
         if not entry.rows.any():
-            raise DataError(f"the calibration data hold no step of any sequence for '{name}'; give longer sequences")
+            raise DataError(f"no step of any sequence of '{name}' is left behind the mask; is the mask all zeros?")
         if not np.isfinite(entry.products).all():
             raise DataError(
                 f"the calibration data make '{name}' overflow or hold NaN; are they scaled as the model expects?"

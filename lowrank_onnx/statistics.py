@@ -164,7 +164,7 @@ def observe(
     done = {key: entry.moments() for key, entry in sums.items()}
     cells = observe_cells(model, sites, dataset, runtime, lambda feeds: padding_mask(feeds, mask), progress)
     rows = {site.name: {use.input: done[(use.input, row_layout(site))] for use in site.uses} for site in chosen}
-    return rows | cells
+    return {**rows, **{name: dict(entry) for name, entry in cells.items()}}
 
 
 def expose(proto: ModelProto, names: Sequence[str]) -> ModelProto:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from lowrank_onnx.base import Pass, Site
-from lowrank_onnx.problem import Problem, pose
+from lowrank_onnx.problem import Data, Problem, pose
 from lowrank_onnx.rewrite import rewrite
 from lowrank_onnx.runtime import Runtime
 from lowrank_onnx.statistics import observe
@@ -100,7 +100,7 @@ def correlated(shape: tuple[int, ...], dtype: type = np.float32, axis: int = -1,
     return np.asarray(np.moveaxis(moved, -1, axis), dtype)
 
 
-def problem(proto: ModelProto, data: Mapping[str, Array] | None = None) -> Problem:
+def problem(proto: ModelProto, data: Data | None = None) -> Problem:
     """Pose a model, with calibration data or without."""
     return pose(proto, RUNTIME, calibrate=data)
 

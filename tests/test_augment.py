@@ -45,8 +45,8 @@ def sentences(vocabulary: int) -> dict[str, np.ndarray]:
     return {"ids": ids, "attention_mask": mask}
 
 
-def training(vocabulary: int, **options: bool) -> tuple[Dataset, Dataset]:
-    problem = pose(reader(vocabulary), Runtime(threads=1), sentences(vocabulary), **options)
+def training(vocabulary: int, augment: bool = True) -> tuple[Dataset, Dataset]:
+    problem = pose(reader(vocabulary), Runtime(threads=1), sentences(vocabulary), augment=augment)
     assert problem.calibrate is not None and problem.training is not None
     return problem.calibrate, problem.training
 
@@ -72,9 +72,9 @@ def test_samples_stay_in_step() -> None:
         np.testing.assert_array_equal(made.feeds(SAMPLES + place)["ids"][kept], given.feeds(place)["ids"][kept])
 
 
-@pytest.mark.parametrize(("vocabulary", "options"), [(220, {}), (1000, {"augment": False})])
-def test_nothing_is_made_where_it_is_not_wanted(vocabulary: int, options: dict[str, bool]) -> None:
-    given, made = training(vocabulary, **options)
+@pytest.mark.parametrize(("vocabulary", "augment"), [(220, True), (1000, False)])
+def test_nothing_is_made_where_it_is_not_wanted(vocabulary: int, augment: bool) -> None:
+    given, made = training(vocabulary, augment)
     assert made is given
 
 
