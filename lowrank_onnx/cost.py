@@ -35,9 +35,9 @@ def model_cost(model: Model, shapes: Shapes, size_bytes: int) -> Cost:
 def model_macs(model: Model, shapes: Shapes) -> int | None:
     """Multiply-accumulates of one run.
 
-    MatMul, Gemm, Conv, ConvTranspose, LSTM, GRU, RNN, Einsum and Attention count; elementwise work and
-    lookups do not. Of an If the dearer branch counts, of a Scan every step; the steps of a Loop are not
-    known before it runs.
+    MatMul, Gemm, Conv, ConvTranspose, LSTM, GRU, RNN, Einsum, Attention and MultiHeadAttention count;
+    elementwise work and lookups do not. Of an If the dearer branch counts, of a Scan every step; the steps of
+    a Loop are not known before it runs.
     """
     scopes = {scope.path: scope for scope in model.scopes}
     return _scope_macs(scopes[""], scopes, shapes)
@@ -105,6 +105,11 @@ def node_macs(scope: Scope, node: NodeProto, shapes: Shapes) -> int | None:
         return _einsum_macs([shape(name) for name in node.input], attribute_text(node, "equation", ""))
     if node.op_type == "Attention" and node.domain in ("", "ai.onnx"):
         return _attention_macs(shape(node.input[0]), shape(node.input[1]), shape(node.input[2]), node)
+    if node.op_type == "MultiHeadAttention" and len(node.input) > 2 and all(node.input[:3]):
+        query, key, value = (shape(name) for name in node.input[:3])
+        if query is None or key is None or value is None or not len(query) == len(key) == len(value) == 3:
+            return None
+        return math.prod(query[:2]) * key[1] * (query[2] + value[2])
     return 0
 
 

@@ -10,8 +10,6 @@ import onnx_graphsurgeon as gs
 from lowrank_onnx.base import Replacement, Site
 from lowrank_onnx.sites.attention import Resize, Scale
 
-_AS_USUAL = 1e-3
-
 
 def narrowed(site: Site, width: int, chains: Sequence[Replacement]) -> Replacement:
     """Join the chains of the layers of a site with its shapes and scales, for heads of another width."""
@@ -35,11 +33,7 @@ def query_gain(site: Site, width: int) -> float:
     1 where the scale is not the usual ``1 / sqrt(width)``. Where it is, it stays the usual one of the new
     width: optimizers that fuse attention drop it and take the usual one of the width they find.
     """
-    scales: Sequence[Scale] = site.attributes["scales"]
-    old = site.attributes["width"]
-    total = float(np.prod([scale.factor for scale in scales]))
-    usual = bool(scales) and abs(total * np.sqrt(old) - 1) < _AS_USUAL
-    return float(np.sqrt(width / old)) if usual else 1.0
+    return float(np.sqrt(width / site.attributes["width"])) if site.attributes["usual"] else 1.0
 
 
 def _reshape(resize: Resize, width: int) -> list[gs.Node]:

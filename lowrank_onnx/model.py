@@ -22,6 +22,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from onnx.reference import ReferenceEvaluator
 
 from lowrank_onnx.errors import ModelError
+from lowrank_onnx.unpack import unpack_attention
 
 Array = NDArray[Any]
 
@@ -225,12 +226,13 @@ def from_proto(proto: ModelProto) -> Model:
 
 
 def prepare(proto: ModelProto) -> ModelProto:
-    """Inline functions that hold layers, and give every node a name of its own. Changes ``proto``."""
+    """Inline functions and unpack attention that hold layers, give every node a name. Changes ``proto``."""
     if any(node.op_type in _WEIGHT_OPS for function in proto.functions for node in function.node):
         inlined = onnx.inliner.inline_local_functions(proto)
         # A function called twice would store its own constants twice.
         if parameter_count(inlined) <= parameter_count(proto):
             proto = inlined
+    unpack_attention(proto)
     taken = {node.name for scope in index_scopes(proto) for node in scope.graph.node if node.name}
     seen: set[str] = set()
     for scope in index_scopes(proto):

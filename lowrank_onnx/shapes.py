@@ -31,7 +31,7 @@ COSTLY_OPS = frozenset(
         "Einsum",
         "Gather",
     }
-    | {"Attention", "Scan"}
+    | {"Attention", "MultiHeadAttention", "Scan"}
 )
 
 

@@ -18,7 +18,7 @@ ORDER = """
     linalg
     decompositions
     data cache
-    metrics runtime
+    metrics runtime unpack
     model
     base
     shapes quantized

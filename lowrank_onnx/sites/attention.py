@@ -14,6 +14,7 @@ Attributes of a site:
     width: d, of one head.
     resizes: Reshapes whose target holds a width that changes.
     scales: Constant factors between the projections and the softmax; of ``scores`` only.
+    usual: Whether the scale is ``1 / sqrt(d)``, written down or understood.
     between: Tensors that stay and change their shape.
     region: Names of the tensors that go in, and of the one that comes out behind the last node that changes.
 """
@@ -38,6 +39,7 @@ _PASSES_ON = frozenset(["Identity", "Cast", "Dropout"])
 _POINTWISE = _PASSES_ON | {"Add", "Sub", "Mul", "Div", "Where", "Max", "Min", "Clip"}
 _SPLIT = (0, 2, 1, 3)  # (batch, position, head, width) -> (batch, head, position, width)
 _SPLIT_TURNED = (0, 2, 3, 1)
+_AS_USUAL = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +108,8 @@ def find(model: Model, shapes: Shapes, singles: Sequence[Site]) -> list[Site]:
         for node in scope.graph.node:
             if node.op_type == "MatMul" and node.domain in ("", "ai.onnx"):
                 sites += [site for site in (look.scores(node), look.values(node)) if site is not None]
+            elif fused_heads(node) is not None:
+                sites += look.fused(node)
     return sites
 
 
@@ -154,9 +158,10 @@ class _Look:
             "scores",
             parts,
             query,
-            self.work(parts, product.output[0], query.width),
+            _work(parts, shape_of(self.shapes, self.scope, product.output[0]), query.width),
             resizes=(*query.resizes, *key.resizes),
             scales=scales,
+            usual=_is_usual(scales, query.width),
             between=(*query.between, *key.between),
             region=((query.site.uses[0].input, key.site.uses[0].input), last),
         )
@@ -177,20 +182,72 @@ class _Look:
             "values",
             parts,
             value,
-            self.work(parts, context.input[0], value.width),
+            _work(parts, shape_of(self.shapes, self.scope, context.input[0]), value.width),
             resizes=(*value.resizes, *resizes),
             scales=(),
+            usual=False,
             between=(*value.between, *between),
             region=((value.site.uses[0].input, context.input[0]), out.uses[0].output),
         )
 
-    def work(self, parts: Sequence[Site], scores: str, width: int) -> int | None:
-        """Multiply-accumulates of two layers and of the product that gives, or takes, the scores."""
-        attention = shape_of(self.shapes, self.scope, scores)
-        macs = [site.macs for site in parts]
-        if attention is None or any(entry is None for entry in macs):
+    def fused(self, node: NodeProto) -> list[Site]:
+        """The halves around one node that holds the whole block but its layers."""
+        heads = fused_heads(node) or 0
+        query, key, value = (self.source(name, heads) for name in node.input[:3])
+        if query is None or key is None or value is None or query.width * heads != query.site.weight.shape[1]:
+            return []
+        shapes = [branch.site.uses[0].output_shape for branch in (query, key)]
+        scores = None if None in shapes else [shapes[0][0], heads, shapes[0][1], shapes[1][1]]  # type: ignore[index]
+        usual = not any(entry.name == "scale" and entry.f for entry in node.attribute)
+        found = []
+        if (key.heads, key.width) == (query.heads, query.width) and len({query.site.name, key.site.name}) == 2:
+            inner = (query.site.uses[0].input, key.site.uses[0].input, node.input[2])
+            found.append(
+                _half(
+                    "scores",
+                    (query.site, key.site),
+                    query,
+                    _work((query.site, key.site), scores, query.width),
+                    resizes=(*query.resizes, *key.resizes),
+                    scales=(*query.scales, *key.scales),
+                    usual=usual and not query.scales and not key.scales,
+                    between=(*query.between, *key.between),
+                    region=(inner, node.output[0]),
+                )
+            )
+        out = self.read.get((self.scope.path, node.output[0]))
+        joined = self.joined(node.output[0], value) if out is None else (out, (), (node.output[0],))
+        if value.scales or joined is None or not self.read_once(node.output[0]):
+            return found
+        last, resizes, between = joined
+        if last.weight.shape[0] != heads * value.width or last.uses[0].dynamic_bias or last is value.site:
+            return found
+        inner = (value.site.uses[0].input, *node.input[:2])
+        return [
+            *found,
+            _half(
+                "values",
+                (value.site, last),
+                value,
+                _work((value.site, last), scores, value.width),
+                resizes=(*value.resizes, *resizes),
+                scales=(),
+                usual=False,
+                between=(*value.between, *between),
+                region=(inner, last.uses[0].output),
+            ),
+        ]
+
+    def source(self, name: str, heads: int) -> _Branch | None:
+        """The layer whose output a fused node reads: as it is, or split into heads."""
+        site = self.made.get((self.scope.path, name))
+        if site is None:
+            branch = self.branch(name, _SPLIT)
+            return branch if branch is not None and branch.heads == heads else None
+        width = site.weight.shape[1] // heads
+        if not self.read_once(name) or site.uses[0].dynamic_bias or width * heads != site.weight.shape[1] or width < 2:
             return None
-        return sum(entry for entry in macs if entry is not None) + math.prod(attention) * width
+        return _Branch(site, heads, width, (), (), (name, site.uses[0].raw_output))
 
     def branch(self, name: str, order: tuple[int, ...]) -> _Branch | None:
         """Go back from heads to the layer that makes them, if the axes end up in ``order``."""
@@ -330,6 +387,36 @@ class _Look:
         return readers[0].node if alone else None
 
 
+def fused_heads(node: NodeProto) -> int | None:
+    """The number of heads of a node that holds a block but its layers; None for any other node.
+
+    Left alone: key and value with fewer heads, biases inside the node, key and value that come from outside,
+    anything bent between scores and softmax.
+    """
+    standard = node.op_type == "Attention" and node.domain in ("", "ai.onnx")
+    if not standard and (node.op_type != "MultiHeadAttention" or node.domain != "com.microsoft"):
+        return None
+    heads = int(attribute(node, "q_num_heads" if standard else "num_heads", 0))
+    held = (4, 5, 6) if standard else (3, 6, 7, 8, 9)  # past, and lengths of it; the biases of the layers
+    unknown = any(node.input[slot] for slot in held if slot < len(node.input)) or any(node.output[1:])
+    bent = attribute(node, "softcap", 0.0) != 0
+    fewer = standard and int(attribute(node, "kv_num_heads", 0)) != heads
+    return None if heads < 1 or unknown or bent or fewer or len(node.input) < 3 or not all(node.input[:3]) else heads
+
+
+def _work(parts: Sequence[Site], scores: Sequence[int] | None, width: int) -> int | None:
+    """Multiply-accumulates of two layers and of the product that gives, or takes, scores of that shape."""
+    macs = [site.macs for site in parts]
+    if scores is None or any(entry is None for entry in macs):
+        return None
+    return sum(entry for entry in macs if entry is not None) + math.prod(scores) * width
+
+
+def _is_usual(scales: Sequence[Scale], width: int) -> bool:
+    total = math.prod(scale.factor for scale in scales)
+    return bool(scales) and abs(total * math.sqrt(width) - 1) < _AS_USUAL
+
+
 def _known(pieces: Sequence[str | tuple[int, ...]], place: int) -> int | None:
     """An entry of a target, counted from behind; None where it is computed."""
     flat: list[int | None] = []
@@ -363,6 +450,7 @@ def _half(
     *,
     resizes: tuple[Resize, ...],
     scales: tuple[Scale, ...],
+    usual: bool,
     between: tuple[str, ...],
     region: tuple[tuple[str, ...], str],
 ) -> Site:
@@ -384,6 +472,7 @@ def _half(
             "width": branch.width,
             "resizes": resizes,
             "scales": scales,
+            "usual": usual,
             "between": between,
             "region": region,
         },
