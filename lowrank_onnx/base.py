@@ -287,6 +287,10 @@ class Pass(ABC):
         """What the last factors would read of original input rows (n, K) of the targets; all of it, mostly."""
         return rows
 
+    def after_refit(self, site: Site, candidate: Candidate, error: float) -> float:
+        """The relative output error of the site, from that of its targets as ``effective`` gives them."""
+        return error
+
     @abstractmethod
     def effective(self, site: Site, candidate: Candidate, factors: Factors) -> tuple[Array, Array | None]:
         """The map (K, N) the factors make of that tensor, and the whole bias (N,); None if unchanged."""

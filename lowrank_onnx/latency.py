@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,6 @@ from lowrank_onnx.problem import Problem
 from lowrank_onnx.proposals import Proposal
 from lowrank_onnx.rewrite import rewrite
 from lowrank_onnx.runtime import onnxruntime, open_session
-from lowrank_onnx.shapes import Shapes
 from lowrank_onnx.sites.recurrent import has_lengths, state_inputs
 from lowrank_onnx.statistics import Progress
 from lowrank_onnx.stream import reads
@@ -64,7 +63,7 @@ def measure_latencies(
     """
     curves: dict[int, LatencyCurve] = {}
     for place, entry in enumerate(proposals):
-        region = None if entry.site.kind == "embedding" else _region(problem.model, entry.site, problem.shapes)
+        region = None if entry.site.kind == "embedding" else _region(problem, entry.site)
         if region is not None and all(candidate.macs is not None for candidate in entry.candidates):
             curves[place] = _curve(problem, entry, region, cache)
         if progress is not None:
@@ -108,8 +107,11 @@ def _curve(problem: Problem, proposal: Proposal, region: ModelProto, cache: Cach
             models.append(rewrite(small, technique.emit(site, candidate, factors)))
         sessions = [open_session(entry, problem.runtime, problem.model.folder, what="a layer") for entry in models]
         rng = np.random.default_rng(0)
+        fed = _fed(problem)
         feeds: dict[str, Array] = {
-            value.name: rng.standard_normal([dim.dim_value for dim in value.type.tensor_type.shape.dim]).astype(
+            value.name: fed[value.name]
+            if value.name in fed
+            else rng.standard_normal([dim.dim_value for dim in value.type.tensor_type.shape.dim]).astype(
                 onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
             )
             for value in region.graph.input
@@ -121,10 +123,16 @@ def _curve(problem: Problem, proposal: Proposal, region: ModelProto, cache: Cach
     return LatencyCurve(known[0], work, tuple(known[1:]))
 
 
-def _region(model: Model, site: Site, shapes: Shapes) -> ModelProto | None:
+def _fed(problem: Problem) -> Mapping[str, Array]:
+    """What the inputs of the model are given."""
+    return {} if problem.feeds is None else problem.feeds.values
+
+
+def _region(problem: Problem, site: Site) -> ModelProto | None:
     """The nodes of a site as a model of its own, from its input to its outputs; None if that cannot be cut."""
     if any(use.scope for use in site.uses):
         return None
+    model, shapes = problem.model, problem.shapes
     main = model.scopes[0]
     members = (*site.attributes.get("into", ()), site)
     inputs = {use.input for member in members for use in member.uses} - set(site.attributes.get("between", ()))
@@ -148,13 +156,21 @@ def _region(model: Model, site: Site, shapes: Shapes) -> ModelProto | None:
     needed = {name for node in nodes for name in reads(node)}
     made = {name for node in nodes for name in node.output}
     loose = needed - made - set(main.initializers) - inputs
-    if loose or any(shapes.get(("", name)) is None for name in inputs):
+    fed = _fed(problem)
+    around = sorted(loose & set(fed))  # such as the mask of an attention block, with what is computed from it
+    if loose - set(around) or any(shapes.get(("", name)) is None for name in inputs):
         return None
     element = onnx.helper.np_dtype_to_tensor_dtype(site.weight.dtype)
     graph = onnx.helper.make_graph(
         nodes,
         "region",
-        [onnx.helper.make_tensor_value_info(name, element, shapes[("", name)]) for name in sorted(inputs)],
+        [onnx.helper.make_tensor_value_info(name, element, shapes[("", name)]) for name in sorted(inputs)]
+        + [
+            onnx.helper.make_tensor_value_info(
+                name, onnx.helper.np_dtype_to_tensor_dtype(fed[name].dtype), fed[name].shape
+            )
+            for name in around
+        ],
         [onnx.helper.make_empty_tensor_value_info(name) for name in outputs],
     )
     graph.initializer.extend(tensor for name, tensor in main.initializers.items() if name in needed)

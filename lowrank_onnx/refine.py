@@ -323,6 +323,7 @@ def _refit(choice: Choice, factors: Factors, train: _Sums, held: _Sums, plain: _
         note = f"{REFITTED}, mix {mix:g}, ridge {ridge:g}"
     wanted = everything.target_energy
     told = float(np.sqrt(max(error(factors, everything), 0.0) / wanted)) if wanted > 0 else 0.0
+    told = technique.after_refit(site, choice.candidate, told)
     candidate = dataclasses.replace(choice.candidate, output_error=told, weight_error=_weight_error(choice, factors))
     return factors, Choice(choice.proposal, candidate), note
 

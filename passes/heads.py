@@ -192,6 +192,10 @@ class Heads(Pass):
         """See Pass.delivered."""
         return np.asarray(rows @ block_diagonal(factors["value"])) if "out" in factors else rows
 
+    def after_refit(self, site: Site, candidate: Candidate, error: float) -> float:
+        """See Pass.after_refit; what the narrower scores lose comes on top."""
+        return error if site.attributes["half"] == "values" else float(np.hypot(error, candidate.error))
+
     def effective(self, site: Site, candidate: Candidate, factors: Factors) -> tuple[Array, Array | None]:
         """See Pass.effective; of the scores, queries and keys before their columns are mixed."""
         if "out" in factors:

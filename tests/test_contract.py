@@ -396,12 +396,18 @@ def attention_cases() -> dict[str, Case]:
     tokens = correlated((12, 7, 12))
     attention = np.asarray(np.random.default_rng(4).dirichlet(np.ones(7), (12, 4, 7)), np.float32)
 
+    def used(body: str) -> dict[str, Array]:
+        return {name: value for name, value in constants.items()
+                if f" {name})" in body or f"({name}," in body or f", {name}," in body}  # fmt: skip
+
     def made(head: str, body: str) -> ModelProto:
-        read = {name: constants[name] for name in constants if f" {name})" in body or f"({name}," in body
-                or f", {name}," in body}  # fmt: skip
-        return build(head + body, read)
+        return build(head + body, used(body))
 
     head = "g (float[n,s,12] x) => (float[n,h,s,t] y) {"
+    layers = """{ qm = MatMul(x, q)  qb = Add(qm, bq)  km = MatMul(x, k)  kb = Add(km, bk) """
+    fused = "g (float[n,s,12] x, float[n,s,16] e) => (float[n,s,16] y)"
+    fused_values = "{ vm = MatMul(x, v)  vb = Add(vm, bv)  c = "
+    heads = "com.microsoft.MultiHeadAttention<num_heads=4>"
     weighed = "g (float[n,s,12] x, float[n,h,s,s] p) => (float[n,s,10] y)"
     return {
         "scores": Case(made(head, scores + " a = MatMul(qh, kh) b = Div(a, two) y = Softmax(b) }"), {"x": tokens}),
@@ -413,6 +419,26 @@ def attention_cases() -> dict[str, Case]:
             made("g (float[n,s,12] x, float[n,t,12] z) => (float[n,h,s,t] y) {",
                  cross + " a = MatMul(qh, kh) b = Div(a, two) y = Softmax(b) }"),
             {"x": tokens, "z": correlated((12, 5, 12), seed=9)},
+        ),
+        "fused scores": Case(
+            build(fused + layers + f"y = {heads}(qb, kb, e) }}", used(layers), imports=', "com.microsoft": 1'),
+            {"x": tokens, "e": correlated((12, 7, 16), seed=8)},
+        ),
+        "fused scores, other scale": Case(
+            build(fused + layers + "y = com.microsoft.MultiHeadAttention<num_heads=4, scale=0.3>(qb, kb, e) }",
+                  used(layers), imports=', "com.microsoft": 1'),
+            {"x": tokens, "e": correlated((12, 7, 16), seed=8)},
+        ),
+        "standard scores": Case(
+            build(fused + layers + "y = Attention<q_num_heads=4, kv_num_heads=4>(qb, kb, e) }",
+                  used(layers), opset=23, ir=11),
+            {"x": tokens, "e": correlated((12, 7, 16), seed=8)},
+        ),
+        "fused values": Case(
+            build("g (float[n,s,12] x, float[n,s,16] e) => (float[n,s,10] y)" + fused_values + heads
+                  + "(e, e, vb)  om = MatMul(c, o)  y = Add(om, bo) }",
+                  used(fused_values + "(c, o)(om, bo)"), imports=', "com.microsoft": 1'),
+            {"x": tokens, "e": correlated((12, 7, 16), seed=8)},
         ),
         "values": Case(made(weighed, values), {"x": tokens, "p": attention}),
         "values bare": Case(made(weighed, computed), {"x": tokens, "p": attention}),

@@ -194,49 +194,43 @@ class _Look:
         """The halves around one node that holds the whole block but its layers."""
         heads = fused_heads(node) or 0
         query, key, value = (self.source(name, heads) for name in node.input[:3])
-        if query is None or key is None or value is None or query.width * heads != query.site.weight.shape[1]:
-            return []
-        shapes = [branch.site.uses[0].output_shape for branch in (query, key)]
-        scores = None if None in shapes else [shapes[0][0], heads, shapes[0][1], shapes[1][1]]  # type: ignore[index]
-        usual = not any(entry.name == "scale" and entry.f for entry in node.attribute)
+        shapes = [shape_of(self.shapes, self.scope, name) for name in node.input[:2]]
+        lengths = [shape[-2] for shape in shapes if shape is not None and len(shape) > 2]
+        scores = (shapes[0][0], heads, *lengths) if shapes[0] is not None and len(lengths) == 2 else None
         found = []
-        if (key.heads, key.width) == (query.heads, query.width) and len({query.site.name, key.site.name}) == 2:
-            inner = (query.site.uses[0].input, key.site.uses[0].input, node.input[2])
-            found.append(
-                _half(
-                    "scores",
-                    (query.site, key.site),
-                    query,
-                    _work((query.site, key.site), scores, query.width),
-                    resizes=(*query.resizes, *key.resizes),
-                    scales=(*query.scales, *key.scales),
-                    usual=usual and not query.scales and not key.scales,
-                    between=(*query.between, *key.between),
-                    region=(inner, node.output[0]),
-                )
+        if query is not None and key is not None and query.site is not key.site and query.width == key.width:
+            parts = (query.site, key.site)
+            scales = (*query.scales, *key.scales)
+            given = any(entry.name == "scale" and entry.f for entry in node.attribute)
+            site = _half(
+                "scores",
+                parts,
+                query,
+                _work(parts, scores, query.width),
+                resizes=(*query.resizes, *key.resizes),
+                scales=scales,
+                usual=not given and not scales,
+                between=(*query.between, *key.between),
+                region=((query.site.uses[0].input, key.site.uses[0].input, node.input[2]), node.output[0]),
             )
-        out = self.read.get((self.scope.path, node.output[0]))
-        joined = self.joined(node.output[0], value) if out is None else (out, (), (node.output[0],))
-        if value.scales or joined is None or not self.read_once(node.output[0]):
+            found.append(site)
+        flat = (self.scope.path, node.input[2]) in self.made
+        joined = None if value is None or value.scales else self.joined(node.output[0], value, flat)
+        if value is None or joined is None or joined[0] is value.site:
             return found
         last, resizes, between = joined
-        if last.weight.shape[0] != heads * value.width or last.uses[0].dynamic_bias or last is value.site:
-            return found
-        inner = (value.site.uses[0].input, *node.input[:2])
-        return [
-            *found,
-            _half(
-                "values",
-                (value.site, last),
-                value,
-                _work((value.site, last), scores, value.width),
-                resizes=(*value.resizes, *resizes),
-                scales=(),
-                usual=False,
-                between=(*value.between, *between),
-                region=(inner, last.uses[0].output),
-            ),
-        ]
+        site = _half(
+            "values",
+            (value.site, last),
+            value,
+            _work((value.site, last), scores, value.width),
+            resizes=(*value.resizes, *resizes),
+            scales=(),
+            usual=False,
+            between=(*value.between, *between),
+            region=((value.site.uses[0].input, *node.input[:2]), last.uses[0].output),
+        )
+        return [*found, site]
 
     def source(self, name: str, heads: int) -> _Branch | None:
         """The layer whose output a fused node reads: as it is, or split into heads."""
@@ -312,10 +306,12 @@ class _Look:
         inner = (*between, name, site.uses[0].raw_output)
         return _Branch(site, heads, width, resize, (*scales, *more), inner)
 
-    def joined(self, name: str, value: _Branch) -> tuple[Site, tuple[Resize, ...], tuple[str, ...]] | None:
-        """Go on from the heads to the layer that reads all of them side by side."""
+    def joined(
+        self, name: str, value: _Branch, flat: bool = False
+    ) -> tuple[Site, tuple[Resize, ...], tuple[str, ...]] | None:
+        """Go on from the heads to the layer that reads all of them side by side; ``flat``: they are by now."""
         turned: tuple[int, ...] = (0, 1, 2, 3)
-        resizes: tuple[Resize, ...] | None = None
+        resizes: tuple[Resize, ...] | None = () if flat else None
         between = [name]
         while True:
             site = self.read.get((self.scope.path, name))
