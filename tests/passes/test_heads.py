@@ -12,7 +12,8 @@ import pytest
 from onnx import ModelProto
 
 import lowrank_onnx
-from lowrank_onnx.base import Replacement, Site
+from lowrank_onnx.base import Moments, Replacement, Site
+from lowrank_onnx.decompositions.heads import block_diagonal
 from lowrank_onnx.errors import PlanError
 from lowrank_onnx.passes.heads import Heads
 from lowrank_onnx.problem import Problem
@@ -181,3 +182,63 @@ def test_a_plan_is_applied_again(tmp_path: Path, models: Path) -> None:
     rows[0]["ranks"] = [1000]
     with pytest.raises(PlanError, match="width of a head"):
         lowrank_onnx.apply(model, made, calibrate=calibrate)
+
+
+def test_values_of_a_block_whose_queries_are_not_understood_are_still_found() -> None:
+    """As where positions are turned into the queries and keys: their columns cannot be mixed."""
+    turned = {"a": "a = MatMul(qh, kh) -> qt = Mul(qh, tables)  a = MatMul(qt, kh)"}
+    proto = block(changes=turned)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(correlated((1, 1, 9, WIDTH)), "tables"))
+    assert set(halves(problem(proto, data()))) == {"values"}
+
+
+@pytest.mark.parametrize("half", ["scores", "values"])
+def test_a_refit_to_what_was_delivered_before_changes_nothing(half: str) -> None:
+    posed = problem(block(), data())
+    site = halves(posed)[half]
+    analysis = Heads().analyse(site, moments(posed)[site.name])
+    candidate = Heads().candidate(site, analysis, (WIDTH,))
+    factors = Heads().factorize(site, analysis, candidate)
+    targets = Heads().targets(site)
+    seen = moments(posed)[site.name][targets[0].uses[0].input]
+    weight = np.concatenate([part.weight.astype(np.float64) for part in targets], axis=1)
+    gram, mean = seen.gram, seen.mean
+    if half == "values":
+        spread = block_diagonal(factors["value"].astype(np.float64))
+        gram, mean = spread.T @ gram @ spread, mean @ spread
+        cross = spread.T @ seen.gram @ weight
+    else:
+        cross = gram @ weight
+    energy = float(np.einsum("kn,kn->", weight, seen.gram @ weight))
+    asked = Moments(seen.rows, mean, gram, cross, seen.mean @ weight, energy)
+    fitted = Heads().refit(site, candidate, factors, asked, 0.01)
+    made = rewrite(posed.model, Heads().emit(site, candidate, fitted))
+    assert difference(answers(made, data())["y"], answers(block(), data())["y"]) < 1e-4
+
+
+def test_a_refit_makes_up_for_a_changed_input() -> None:
+    posed = problem(block(), data())
+    site = halves(posed)["scores"]
+    analysis = Heads().analyse(site, moments(posed)[site.name])
+    candidate = Heads().candidate(site, analysis, (WIDTH,))
+    factors = Heads().factorize(site, analysis, candidate)
+    seen = moments(posed)[site.name][site.uses[0].input]
+    weight = np.concatenate([part.weight.astype(np.float64) for part in Heads().targets(site)], axis=1)
+    # The input arrives doubled and moved; the layers have to halve it.
+    mean = 2 * seen.mean + 1
+    gram = 4 * seen.gram + 2 * np.add.outer(seen.mean, seen.mean) + 1
+    cross = 2 * seen.gram @ weight + np.outer(np.ones(len(mean)), seen.mean @ weight)
+    energy = float(np.einsum("kn,kn->", weight, seen.gram @ weight))
+    fitted = Heads().refit(site, candidate, factors, Moments(1, mean, gram, cross, seen.mean @ weight, energy), 1e-9)
+    covariance = seen.gram - np.outer(seen.mean, seen.mean)
+    assert difference(covariance @ (2 * fitted["both"]), covariance @ weight) < 1e-5
+    given = np.concatenate([part.uses[0].bias for part in Heads().targets(site) if part.uses[0].bias is not None])
+    assert difference(mean @ fitted["both"] + fitted["bias"], seen.mean @ weight + given) < 1e-5
+
+
+def test_keys_from_elsewhere_are_not_refitted_with_the_queries() -> None:
+    cross = {"a": "km = MatMul(x0, k) -> km = MatMul(x, k)"}
+    proto = block(changes=cross)
+    site = halves(problem(proto, data()))["scores"]
+    assert Heads().targets(site) == ()
+    assert difference(answers(narrow(proto, WIDTH), data())["y"], answers(proto, data())["y"]) < 1e-5
