@@ -18,6 +18,7 @@ from lowrank_onnx.recurrent_chains import stored_elements
 from lowrank_onnx.recurrent_statistics import read_cell
 
 RIDGES = (0.001, 0.01, 0.1, 0.3)
+CAUTION = 0.1  # of the gap between samples held out and samples seen
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,7 @@ class RecurrentPass(Pass):
         return CellAnalysis(decompose(w, r, told, ridge), entry.mean if centred else None)
 
     def _choose_ridge(self, site: Site, w: Array, r: Array, entry: Moments, centred: bool) -> float:
-        """The ridge that loses least on the samples held out, at half of the parameters."""
+        """The largest ridge that is about as good as the best on the samples held out, at half of the parameters."""
         if entry.folds is None:
             return RIDGES[1]
         most, held = entry.folds
@@ -83,9 +84,14 @@ class RecurrentPass(Pass):
         for ridge in RIDGES:
             basis = decompose(w, r, seen, ridge)
             pairs = self.ranks(site, CellAnalysis(basis, mean))
-            error = basis.output_error(basis.factors(*pairs[len(pairs) // 2]), unseen) if pairs else 0.0
-            errors.append(error or 0.0)
-        return RIDGES[int(np.argmin(errors))]
+            if not pairs:
+                return RIDGES[1]
+            made = basis.factors(*pairs[len(pairs) // 2])
+            errors.append((basis.output_error(made, unseen) or 0.0, basis.output_error(made) or 0.0))
+        best, alone = min(errors)
+        # Where unseen samples lose far more than seen ones, others will lose more still: take the safer ridge.
+        allowed = best + CAUTION * max(best - alone, 0.0)
+        return max(ridge for ridge, (error, _) in zip(RIDGES, errors, strict=True) if error <= allowed)
 
     def ranks(self, site: Site, analysis: CellAnalysis) -> Sequence[tuple[int, ...]]:
         """See Pass.ranks."""
