@@ -207,12 +207,15 @@ class _Spelling:
             after = self._step(outer, d, gates, states, inside)
             return [outer.unsqueeze(after[0], 0, f"sequence_{d}"), *after]
         body = _Nodes(f"{self.use.node}/body_{d}", self.sizes["opset"])
-        seen = [gs.Variable(f"{body.prefix}/before{place}", self.site.weight.dtype) for place in range(len(states))]
-        gate = gs.Variable(f"{body.prefix}/gates", self.site.weight.dtype)
+        dtype = self.site.weight.dtype
+        # With the shapes in the body: inside a branch of an If onnxruntime infers none.
+        wide, rows = [None, self.hidden], [None, self.site.weight.shape[1]]
+        seen = [gs.Variable(f"{body.prefix}/before{place}", dtype, wide) for place in range(len(states))]
+        gate = gs.Variable(f"{body.prefix}/gates", dtype, rows)
         after = self._step(body, d, gate, seen, inside)
         shown = body.add("Identity", [after[0]], "shown")
         for tensor in (*after, shown):
-            tensor.dtype = self.site.weight.dtype
+            tensor.dtype, tensor.shape = dtype, wide
         graph = gs.Graph(body.nodes, [*seen, gate], [*after, shown], name=body.prefix, opset=self.sizes["opset"])
         turned = [int(self.cell.reverse[d])]
         *last, every = outer.add(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,12 @@ from lowrank_onnx.passes.recurrent import RecurrentPass
 from lowrank_onnx.passes.recurrent_cell import RecurrentCell
 from lowrank_onnx.passes.recurrent_input import RecurrentInput
 from lowrank_onnx.passes.recurrent_stored import RecurrentStored
+from lowrank_onnx.pipeline import compress
 from lowrank_onnx.recurrent_chains import fused, spelled, unspoken
 from lowrank_onnx.rewrite import rewrite
+from lowrank_onnx.runtime import open_session
 from lowrank_onnx.sites.recurrent import GATES
-from tests.builders import Array, answers, build, correlated, difference, falling, furthest, moments, problem
+from tests.builders import RUNTIME, Array, answers, build, correlated, difference, falling, furthest, moments, problem
 
 WIDTH, HIDDEN = 6, 5
 WAYS = {"forward": 1, "reverse": 1, "bidirectional": 2}
@@ -318,3 +321,49 @@ def test_sequences_without_a_step_are_told() -> None:
 def test_negative_options_are_refused(kind: type[RecurrentPass]) -> None:
     with pytest.raises(ValueError, match="negative"):
         kind(ridge=-1.0)
+
+
+# --- real models -------------------------------------------------------------------------------------
+
+
+def heard(model: ModelProto, chunks: Array) -> tuple[Array, Array]:
+    """Scores (n,) and states (n, 2, 1, 128) of a voice detector that reads its own last state."""
+    session = open_session(model, RUNTIME)
+    state, scores, states = np.zeros((2, 1, 128), np.float32), [], []
+    for chunk in chunks:
+        score, state = session.run(None, {"input": chunk[None], "state": state, "sr": np.array(16000)})
+        scores.append(score[0, 0])
+        states.append(state)
+    return np.array(scores), np.array(states)
+
+
+@pytest.mark.parametrize("technique", [RecurrentStored, RecurrentInput, RecurrentCell])
+def test_a_state_that_goes_round_stays_right_over_200_chunks(zoo: Path, technique: type[RecurrentPass]) -> None:
+    """An LSTM inside the branches of an If, at full rank: no step may lose or mix up the state."""
+    folder = zoo / "silero_vad"
+    posed = problem(onnx.load(folder / "model.onnx"), folder / "calibrate.npz")
+    (site,) = [entry for entry in posed.sites if entry.kind == "recurrent"]
+    made = technique()
+    analysis = made.analyse(site, None)
+    candidate = made.candidate(site, analysis, analysis.basis.full)
+    replacements = made.emit(site, candidate, made.factorize(site, analysis, candidate))
+    chunks = np.load(folder / "evaluate.npz")["input"][:200]
+    before, after = heard(posed.model.proto, chunks), heard(rewrite(posed.model, replacements), chunks)
+    assert difference(after[0], before[0]) <= 1e-4 and difference(after[1], before[1]) <= 1e-4
+
+
+def test_the_error_of_a_compressed_state_does_not_grow_over_200_chunks(zoo: Path) -> None:
+    folder = zoo / "silero_vad"
+    result = compress(
+        folder / "model.onnx",
+        keep_params=0.8,
+        calibrate=folder / "calibrate.npz",
+        technique=["recurrent_stored", "svd", "channel"],
+        threads=1,
+        cache=False,
+    )
+    assert result.report["ratio"]["parameters"] <= 0.8
+    chunks = np.load(folder / "evaluate.npz")["input"][:200]
+    before, after = heard(onnx.load(folder / "model.onnx"), chunks), heard(result.model, chunks)
+    halves = [difference(after[1][part], before[1][part]) for part in (slice(0, 100), slice(100, 200))]
+    assert halves[1] < 2 * halves[0] + 0.05
