@@ -14,10 +14,13 @@ from lowrank_onnx.runtime import run
 _TOLERANCE = 1e-3  # relative; kernels choose other summation orders for other batch sizes
 
 
-def can_batch(session: Any, dataset: Dataset) -> bool:
+def can_batch(session: Any, dataset: Dataset, common: bool = False) -> bool:
     """True where a batch of two samples gives what the two give alone.
 
     The shapes alone do not tell: a recurrent state or a fixed Reshape may sit on the first axis.
+
+    Args:
+        common: Whether outputs that are the same for every sample, such as positions, may be among them.
     """
     if not dataset.batchable or len(dataset) < 2:
         return False
@@ -29,6 +32,8 @@ def can_batch(session: Any, dataset: Dataset) -> bool:
         return False
     alone = [run(session, dataset.feeds(place)) for place in (0, 1)]
     for name, value in together.items():
+        if common and all(part[name].shape == value.shape and _close(part[name], value) for part in alone):
+            continue
         if value.ndim == 0 or value.shape[0] != 2 or any(part[name].shape != value[:1].shape for part in alone):
             return False
         apart = np.concatenate([part[name] for part in alone])

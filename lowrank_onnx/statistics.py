@@ -324,7 +324,7 @@ def _groups(layouts: Mapping[tuple[str, Layout], int]) -> list[list[tuple[str, L
 
 
 def _batch_size(session: Any, dataset: Dataset, shapes: Sequence[tuple[int, ...] | None]) -> int:
-    if not can_batch(session, dataset):
+    if not can_batch(session, dataset, common=True):
         return 1
     live = 4 * sum(int(np.prod(shape)) for shape in shapes if shape is not None)
     return int(np.clip(_LIVE_BYTES // max(live, 1), 1, 32))

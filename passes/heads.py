@@ -19,6 +19,7 @@ from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish
 from lowrank_onnx.chains import linear_chain, store
 from lowrank_onnx.decompositions.heads import block_diagonal, score_bases, score_error, value_factors
 from lowrank_onnx.head_chains import narrowed, query_gain
+from lowrank_onnx.kept import Kept
 from lowrank_onnx.linalg import Array, regression, with_ridge
 
 
@@ -151,11 +152,11 @@ class Heads(Pass):
 
     def emit(self, site: Site, candidate: Candidate, factors: Factors) -> Sequence[Replacement]:
         """See Pass.emit."""
-        first, last = site.attributes["parts"]
+        _, last = site.attributes["parts"]
         (rank,) = candidate.ranks
         if "out" in factors:
             out = linear_chain(last, last.uses[0], [(f"{last.name}/heads", factors["out"])], factors["bias"])
-            return [narrowed(site, rank, [_mixed(first, factors["value"]), out])]
+            return [narrowed(site, rank, [_mixed(_value(site, factors), factors["value"]), out])]
         gain = query_gain(site, rank)
         query, key = (_refitted(site, place, factors) for place in (0, 1))
         return [narrowed(site, rank, [_mixed(query, factors["query"] * gain), _mixed(key, factors["key"])])]
@@ -187,6 +188,18 @@ class Heads(Pass):
         both = regression(gram, cross, joined, ridge)
         bias = {"bias": store(given + wanted - delivered @ both, site)} if centred else {}
         return {**factors, "both": store(both, site), **bias}
+
+    def kept_layers(self, site: Site, factors: Factors) -> tuple[Site, ...]:
+        """See Pass.kept_layers; the values, before their columns are mixed."""
+        value = site.attributes["parts"][0]
+        if site.attributes["half"] == "scores" or Kept().refuse(value) is not None:
+            return ()
+        return (_value(site, factors),)
+
+    def with_kept(self, site: Site, factors: Factors, layer: str, fitted: Factors) -> Factors:
+        """See Pass.with_kept."""
+        bias = fitted.get(f"bias:{site.attributes['parts'][0].uses[0].node}")
+        return {**factors, "value weight": fitted["weight"], **({} if bias is None else {"value bias": bias})}
 
     def delivered(self, factors: Factors, rows: Array) -> Array:
         """See Pass.delivered."""
@@ -282,6 +295,14 @@ def _refitted(site: Site, place: int, factors: Factors) -> Site:
     use = part.uses[0]
     bias = factors["bias"][half] if "bias" in factors else use.bias
     return dataclasses.replace(part, weight=factors["both"][:, half], uses=(dataclasses.replace(use, bias=bias),))
+
+
+def _value(site: Site, factors: Factors) -> Site:
+    """The values, with the weight and bias of a refit if there was one."""
+    part: Site = site.attributes["parts"][0]
+    use = part.uses[0]
+    use = dataclasses.replace(use, bias=factors.get("value bias", use.bias))
+    return dataclasses.replace(part, weight=factors.get("value weight", part.weight), uses=(use,))
 
 
 def _joined(site: Site) -> tuple[Array, Array]:
