@@ -519,6 +519,13 @@ def _class_axis(value: Array) -> int:
     return value.ndim - 1 if value.ndim <= 3 else 1
 
 
+def named_scores(name: str, value: Array) -> int | None:
+    """Return the axis of the classes of an output that is called scores or logits; None if it is not."""
+    if value.ndim < 2 or not _NAMED_SCORES.search(name):
+        return None
+    return _class_axis(value)
+
+
 def _looks_like_scores(name: str, value: Array) -> bool:
     """See ``Fidelity``."""
     if value.ndim < 2 or not 2 <= value.shape[_class_axis(value)] <= _WIDEST:

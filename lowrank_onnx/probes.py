@@ -19,6 +19,7 @@ from lowrank_onnx.data import Dataset
 from lowrank_onnx.kept import dense_node
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.lookups import dense_lookup
+from lowrank_onnx.metrics import named_scores
 from lowrank_onnx.model import Model
 from lowrank_onnx.proposals import Proposal
 from lowrank_onnx.recurrent_chains import dense_cell, fused
@@ -269,10 +270,13 @@ def _spread(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def visible_outputs(values: Mapping[str, Array], keep: Array | None) -> dict[str, Array]:
-    """The floating-point outputs, without padding rows, in float64."""
+    """The floating-point outputs, without padding rows, in float64; of class scores, what differs by class."""
     chosen = {}
-    for name, value in values.items():
-        if value.dtype.kind == "f":
+    for name, given in values.items():
+        if given.dtype.kind == "f":
+            axis = named_scores(name, given)
+            # What is added to the scores of all classes alike changes no decision and no probability.
+            value = given if axis is None else given - given.mean(axis=axis, keepdims=True)
             rows = as_rows(value, "last", keep) if keep is not None and value.ndim > 1 else value
             chosen[name] = rows.astype(np.float64)
     return chosen

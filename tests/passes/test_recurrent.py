@@ -63,9 +63,12 @@ def cell(op: str, direction: str, options: Mapping[str, bool], opset: int = 17, 
     given_inputs += [
         value(name, 1, [ways, "m", HIDDEN]) for name in ("h", "c"[: int(lstm)]) if options["states"] and name
     ]
+    # Contractions: with Relu a state would grow without bound, and rounding with it.
+    states = rng.standard_normal((ways, GATES[op], HIDDEN, HIDDEN))
+    states *= 0.9 / np.linalg.norm(states, ord=2, axis=(2, 3), keepdims=True)
     constants = {
         "w": rng.standard_normal((ways, rows, WIDTH)),
-        "r": rng.standard_normal((ways, rows, HIDDEN)) / 2,
+        "r": states.reshape(ways, rows, HIDDEN),
         "b": rng.standard_normal((ways, 2 * rows)),
         "p": rng.standard_normal((ways, 3 * HIDDEN)),
     }
