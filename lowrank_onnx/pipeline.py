@@ -30,7 +30,7 @@ from lowrank_onnx.plans import check_model, check_plan, chosen_rows, plan_to_dic
 from lowrank_onnx.probe_cache import cached_probe
 from lowrank_onnx.probes import Curve, damage_of
 from lowrank_onnx.problem import Data, Problem, Source, open_model, pose, read_data
-from lowrank_onnx.proposals import Proposal, filter_sites, propose
+from lowrank_onnx.proposals import Proposal, filter_sites, propose, with_work
 from lowrank_onnx.refine import refine as refine_factors
 from lowrank_onnx.reporting import (
     benchmark_report,
@@ -179,6 +179,10 @@ def _decide(
 ) -> Planned:
     """Propose, probe and allocate."""
     sites, reasons = filter_sites(problem.sites, settings.include, settings.exclude)
+    searched = settings.minimize if target.kind == "max_drop" else target.kind
+    if searched in ("keep_macs", "speedup", "latency", "macs"):
+        sites, idle = with_work(sites)
+        reasons |= idle
     with clock.step("propose"):
         proposals, refusals = propose(sites, settings.passes(), statistics, target.rank, settings.jobs)
     reasons |= refusals
@@ -630,6 +634,9 @@ def sweep(
     _prepare_folder(place, [*names, *FRONTIER_FILES], problem, overwrite)
     statistics = _observe(problem, settings, clock, progress)
     sites, reasons = filter_sites(problem.sites, settings.include, settings.exclude)
+    if targets[0].kind == "keep_macs":
+        sites, idle = with_work(sites)
+        reasons |= idle
     proposals, refusals = propose(sites, settings.passes(), statistics, None, jobs)
     if not proposals:
         raise TargetError(f"nothing to sweep: no layer can be factorized ({_summary(reasons | refusals)})")

@@ -61,6 +61,17 @@ def _spellings(site: Site) -> list[str]:
     return [*names, *(name.removesuffix(f"/{site.op}") for name in names)]
 
 
+def with_work(sites: Sequence[Site]) -> tuple[list[Site], dict[str, str]]:
+    """Leave out what costs no multiply-accumulates, for targets that speak of work or time.
+
+    Returns:
+        The sites that are left, and a reason for every other one.
+    """
+    left = [site for site in sites if site.macs != 0]
+    reason = "a lookup takes no multiply-accumulates and hardly any time; it counts for --keep-params and --keep-size"
+    return left, {site.name: reason for site in sites if site.macs == 0}
+
+
 def propose(
     sites: Sequence[Site],
     passes: Sequence[Pass],
