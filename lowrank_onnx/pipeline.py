@@ -155,7 +155,6 @@ class Planned:
     """What was decided and carried out, and why the rest was kept."""
 
     selection: Selection
-    proposals: tuple[Proposal, ...]
     refusals: Mapping[str, str]
 
 
@@ -173,11 +172,11 @@ def _decide(
     problem: Problem,
     target: Target,
     settings: Settings,
-    statistics: Mapping[str, Mapping[str, Any]],
     clock: Clock,
     progress: Progress | None,
 ) -> Planned:
-    """Propose, probe and allocate."""
+    """Observe, propose, probe, allocate and refine."""
+    statistics = _observe(problem, settings, clock, progress)
     sites, reasons = filter_sites(problem.sites, settings.include, settings.exclude)
     searched = settings.minimize if target.kind == "max_drop" else target.kind
     if searched in ("keep_macs", "speedup", "latency", "macs"):
@@ -185,6 +184,7 @@ def _decide(
         reasons |= idle
     with clock.step("propose"):
         proposals, refusals = propose(sites, settings.passes(), statistics, target.rank, settings.jobs)
+    del statistics  # hundreds of megabytes of a large model, as the analyses of what is not chosen are further down
     reasons |= refusals
     if not proposals and target.rank is not None and target.rank.selector is not None:
         raise LowRankError(f"--rank '{target.text}' is no selector of the techniques in use ({_summary(reasons)})")
@@ -204,6 +204,7 @@ def _decide(
     elif target.kind in BUDGETS:
         with clock.step("allocate"):
             selection = meet_budget(problem, proposals, damage, target.kind, target.value)
+        del proposals, damage
         selection = finish(selection)
         kept = "dense is the better use of the budget: other layers lose less"
     else:
@@ -215,7 +216,7 @@ def _decide(
                 unit = settings.minimize
                 selection = stay_within(problem, proposals, damage, value, unit, target.value, finish, progress)
         kept = "dense is better: too little to gain for what it would lose"
-    return Planned(selection, tuple(proposals), reasons_for_kept(problem.sites, selection.choices, reasons, kept))
+    return Planned(selection, reasons_for_kept(problem.sites, selection.choices, reasons, kept))
 
 
 def _probed(
@@ -362,8 +363,7 @@ def compress(
     settings.passes()  # a typing error must not wait for the data
     with clock.step("load"):
         problem = pose(model, Runtime(provider, threads), calibrate, evaluate, metric, shape, seed, mask, augment)
-    statistics = _observe(problem, settings, clock, progress)
-    planned = _decide(problem, wish, settings, statistics, clock, progress)
+    planned = _decide(problem, wish, settings, clock, progress)
     return _finish(problem, wish, settings, planned, clock, progress)
 
 
@@ -468,7 +468,7 @@ def apply(
     selection = _refined(problem, settings, selection, refits, clock, progress)
     reasons = {row["site"]: row.get("reason") or "kept by hand" for row in content["sites"] if row not in rows}
     kept = reasons_for_kept(problem.sites, choices, reasons, "the plan does not name it")
-    planned = Planned(selection, tuple(choice.proposal for choice in choices), kept)
+    planned = Planned(selection, kept)
     target = read_target(setting.get("target", {}))
     return _finish(problem, target, settings, planned, clock, progress)
 

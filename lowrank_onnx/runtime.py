@@ -121,8 +121,8 @@ def open_session(
     options.log_severity_level = 4
     options.intra_op_num_threads = runtime.used_threads
     options.inter_op_num_threads = 1
-    # A spinning pool steals the cores from whatever runs beside it, as every second session here does.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # A pool that spins on between runs steals the cores from whatever runs next, as every second session here does.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if not optimize:
