@@ -59,11 +59,12 @@ def measure_latencies(
 
     Returns:
         Curves by position in ``proposals``; a site inside a subgraph, or of unknown shape, has none. Nor has
-        an embedding: a lookup in a thin table and a product are never faster than the lookup.
+        an embedding: a lookup in a thin table and a product are never faster than the lookup, and what makes a
+        tied table faster is its head, which is timed as a layer.
     """
     curves: dict[int, LatencyCurve] = {}
     for place, entry in enumerate(proposals):
-        region = None if entry.site.kind == "embedding" else _region(problem, entry.site)
+        region = None if entry.site.kind in ("embedding", "tied") else _region(problem, entry.site)
         if region is not None and all(candidate.macs is not None for candidate in entry.candidates):
             curves[place] = _curve(problem, entry, region, cache)
         if progress is not None:

@@ -103,10 +103,10 @@ def probe(
     masks = [padding_mask(entry, mask) for entry in stream.values]
     reference = [visible_outputs(entry, keep) for entry, keep in zip(stream.fork().finish(), masks, strict=True)]
     done = 0
-    for group in levels(stream, [(place, _parts(proposals[place].site)) for place in todo]):
+    for group in levels(stream, [(place, _front(proposals[place].site)) for place in todo]):
         stream.advance([part.uses[0].input for _, members in group for part in members])
-        for place, members in group:
-            varied = [name for part in members for name in constants[part.name]]
+        for place, _ in group:
+            varied = [name for part in _parts(proposals[place].site) for name in constants[part.name]]
             call = stream.suffix(varied)
             rivals = [proposals[other] for other, leader in followed.items() if leader == place]
             trials = _trials(proposals[place], rivals)
@@ -164,7 +164,12 @@ def _parts(site: Site) -> tuple[Site, ...]:
         return (site.attributes["out"],)
     if site.kind == "attention":  # what one layer of either half can tell of both; see Heads.dense_equivalent
         return (site.attributes["parts"][0 if site.attributes["half"] == "scores" else 1],)
-    return tuple(site.attributes["parts"]) if site.kind == "shared_input" else (site,)
+    return tuple(site.attributes["parts"]) if site.kind in ("shared_input", "tied") else (site,)
+
+
+def _front(site: Site) -> tuple[Site, ...]:
+    """The parts whose inputs do not depend on the site itself: of a tied table the lookup, not the head."""
+    return _parts(site)[:1] if site.kind == "tied" else _parts(site)
 
 
 def _with_dense(model: Model, parts: Sequence[Site]) -> tuple[Any, dict[str, dict[str, tuple[str, Array]]]]:

@@ -96,6 +96,8 @@ def unobserved(site: Site) -> str | None:
         return unseen(site)
     if site.kind == "embedding":
         return None
+    if site.kind == "tied":
+        return next(filter(None, map(unobserved, site.attributes["parts"])), None)
     if site.kind not in ("linear", "shared_input", "feedforward", "attention"):
         return f"inputs of kind {site.kind} are not looked at"
     if site.weight.ndim != 2:
@@ -131,7 +133,7 @@ def observe(
         DataError: ``mask`` names no input, or nothing is left behind the mask.
         ModelError: onnxruntime cannot run the model on the data.
     """
-    chosen = [site for site in sites if unobserved(site) is None]
+    chosen = [site for site in sites if site.kind != "tied" and unobserved(site) is None]  # its parts tell of a tied one
     layouts = {(use.input, row_layout(site)): _width(site, use) for site in chosen for use in site.uses}
     sums = {key: (CountSums if isinstance(key[1], Lookup) else MomentSums)(width) for key, width in layouts.items()}
     shapes = {use.input: use.input_shape for site in chosen for use in site.uses}
@@ -164,6 +166,9 @@ def observe(
     done = {key: entry.moments() for key, entry in sums.items()}
     cells = observe_cells(model, sites, dataset, runtime, lambda feeds: padding_mask(feeds, mask), progress)
     rows = {site.name: {use.input: done[(use.input, row_layout(site))] for use in site.uses} for site in chosen}
+    for site in sites:
+        if site.kind == "tied" and all(name in rows for name in site.parts):
+            rows[site.name] = {name: seen for part in site.parts for name, seen in rows[part].items()}
     return {**rows, **{name: dict(entry) for name, entry in cells.items()}}
 
 

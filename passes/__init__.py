@@ -14,6 +14,7 @@ from lowrank_onnx.passes.shared_input import SharedInput
 from lowrank_onnx.passes.spatial import Spatial
 from lowrank_onnx.passes.svd import SVD
 from lowrank_onnx.passes.tensor_train import TensorTrain
+from lowrank_onnx.passes.tied import Tied
 from lowrank_onnx.passes.tucker import Tucker
 
 PASSES: tuple[type[Pass], ...] = (
@@ -31,6 +32,7 @@ PASSES: tuple[type[Pass], ...] = (
     TensorTrain,
     Embedding,
     GroupedEmbedding,
+    Tied,
 )
 
 __all__ = ["PASSES"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lowrank_onnx.base import Site
 from lowrank_onnx.model import Model
 from lowrank_onnx.shapes import Shapes
-from lowrank_onnx.sites import attention, convolution, embedding, feedforward, linear, recurrent, shared_input
+from lowrank_onnx.sites import attention, convolution, embedding, feedforward, linear, recurrent, shared_input, tied
 
 _FINDERS = (linear.find, convolution.find, embedding.find, recurrent.find)
 
@@ -20,4 +20,5 @@ def find_sites(model: Model, shapes: Shapes) -> list[Site]:
     found = [site for finder in _FINDERS for site in finder(model, shapes)]
     found.sort(key=lambda site: order[site.uses[0].node])
     found += shared_input.find(found) + feedforward.find(model, found) + attention.find(model, shapes, found)
+    found += tied.find(model, found)
     return sorted(found, key=lambda site: order[site.uses[0].node])

@@ -145,3 +145,17 @@ def test_two_lookups_in_one_table_share_the_factors() -> None:
     posed = problem(build(text, {"t": falling(20, 12)}), ids)
     made = factorized(posed, Embedding(), posed.sites[0], (4,))
     assert [list(tensor.dims) for tensor in made.graph.initializer] == [[20, 4], [4, 12]]
+
+
+def test_rows_read_often_lose_less_with_data_than_without() -> None:
+    rng = np.random.default_rng(0)
+    ids = np.minimum(rng.zipf(2.0, (50, 6)) - 1, 99)
+    table = rng.standard_normal((100, 12)).astype(np.float32)
+    proto = build(FLAT, {"t": table})
+    original = answers(proto, {"i": ids})["y"]
+    lost = []
+    for data in ({"i": ids}, None):
+        posed = problem(proto, data)
+        made = factorized(posed, Embedding(), posed.sites[0], (4,))
+        lost.append(difference(answers(made, {"i": ids})["y"], original))
+    assert lost[0] < 0.6 * lost[1]
