@@ -283,6 +283,10 @@ class Pass(ABC):
         """The factors with a new ``weight`` and ``bias:<node>`` for one of ``kept_layers``."""
         raise NotImplementedError(f"{self.name} keeps no layer")
 
+    def components(self, site: Site, factors: Factors) -> Array | None:
+        """The non-negative factor as (rows, r), rows of a table or outputs of a layer; None where there is none."""
+        return None
+
     def delivered(self, factors: Factors, rows: Array) -> Array:
         """What the last factors would read of original input rows (n, K) of the targets; all of it, mostly."""
         return rows

@@ -96,6 +96,9 @@ _minimize = click.option(
 _cache = click.option(
     "--no-cache", "cache", is_flag=True, flag_value=False, default=True, help="Measure anew what earlier runs measured."
 )
+_labels = click.option(
+    "--labels", metavar="FILE", help="Names, one a line, for the rows of the factors of nmf; the report lists them."
+)
 _json = click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="JSON report.")
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 _report = click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html", help="HTML report.")
@@ -104,7 +107,7 @@ _model = click.argument("model", type=click.Path(path_type=Path))
 
 
 _WRITTEN = ("out", "report", "json_file", "html")
-_READ = ("model", "models", "reference", "candidate", "plan", "calibrate", "evaluate", "metric")
+_READ = ("model", "models", "reference", "candidate", "plan", "calibrate", "evaluate", "metric", "labels")
 
 
 class Guarded(click.Command):
@@ -180,6 +183,7 @@ def inspect(model: Path, json_file: Path | None, html: Path | None, overwrite: b
 @_augment
 @_minimize
 @_cache
+@_labels
 @_report
 @_json
 @_overwrite

@@ -23,6 +23,7 @@ from lowrank_onnx.errors import LowRankError, PlanError, TargetError
 from lowrank_onnx.feeds import choose_feeds, read_shapes
 from lowrank_onnx.forms import quickest
 from lowrank_onnx.frontiers import FRONTIER_FILES, frontier_point, reference_points, write_frontier
+from lowrank_onnx.labels import read_labels
 from lowrank_onnx.latency import latency_saving, measure_latencies
 from lowrank_onnx.model import Model, check_output, save
 from lowrank_onnx.passes import PASSES
@@ -317,6 +318,7 @@ def compress(
     augment: bool = True,
     minimize: str = "latency",
     cache: bool = True,
+    labels: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Make a model smaller or faster by low-rank factorization; nothing is written.
@@ -341,6 +343,7 @@ def compress(
         augment: Where the data show little of a vocabulary, calibrate on copies with exchanged tokens as well.
         minimize: What ``max_drop`` makes as small as it can: ``latency``, ``macs``, ``size`` or ``params``.
         cache: Use and keep what was measured in earlier runs.
+        labels: A file of names, one a line, of the rows of non-negative factors; the report lists the strongest.
         progress: Called with (step, done, total).
 
     Raises:
@@ -360,22 +363,47 @@ def compress(
     settings = Settings(tuple(technique), tuple(include), tuple(exclude), mask, jobs, refine, augment, minimize, cache)
     if minimize not in OBJECTIVES:
         raise LowRankError(f"minimize must be one of {', '.join(OBJECTIVES)}, got '{minimize}'")
-    settings.passes()  # a typing error must not wait for the data
+    techniques = settings.passes()  # a typing error must not wait for the data
+    names = None if labels is None else read_labels(labels)
     with clock.step("load"):
         problem = pose(model, Runtime(provider, threads), calibrate, evaluate, metric, shape, seed, mask, augment)
+    if names is not None:
+        _check_labels(problem, techniques, names)
     planned = _decide(problem, wish, settings, clock, progress)
-    return _finish(problem, wish, settings, planned, clock, progress)
+    return _finish(problem, wish, settings, planned, clock, progress, names)
+
+
+def _check_labels(problem: Problem, techniques: Sequence[Pass], names: Sequence[str]) -> None:
+    """Find out that nothing has as many rows before the work, not after it."""
+    if not any(type(entry).components is not Pass.components for entry in techniques):
+        raise LowRankError("--labels names the rows of non-negative factors; add a technique that has them: nmf")
+    sizes = {site.weight.shape[site.attributes["axis"]] for site in problem.sites if site.kind == "embedding"}
+    sizes |= {site.weight.shape[-1] for site in problem.sites if site.kind == "linear"}
+    if len(names) not in sizes:
+        known = ", ".join(str(size) for size in sorted(sizes))
+        raise LowRankError(
+            f"--labels holds {len(names)} names, but no table has as many rows and no layer as many outputs "
+            f"(there are {known}); give one name a line"
+        )
 
 
 def _finish(
-    problem: Problem, target: Target, settings: Settings, planned: Planned, clock: Clock, progress: Progress | None
+    problem: Problem,
+    target: Target,
+    settings: Settings,
+    planned: Planned,
+    clock: Clock,
+    progress: Progress | None,
+    labels: Sequence[str] | None = None,
 ) -> Result:
     """Validate and report."""
     selection = planned.selection
     with clock.step("validate"):
-        measured = measure(problem, selection, progress)
+        small = target.kind in ("keep_params", "keep_size") or settings.minimize in ("params", "size")
+        small = small or any(choice.proposal.site.kind in ("embedding", "tied") for choice in selection.choices)
+        measured = measure(problem, selection, progress, memory=small)
     content = plan_to_dict(_as_plan(problem, target, settings, planned), problem.sites)
-    report = compress_report(problem, target, planned, measured, clock.total())
+    report = compress_report(problem, target, planned, measured, clock.total(), labels)
     return Result(selection.built.proto, content, report, problem.model)
 
 

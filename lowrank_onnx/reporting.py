@@ -14,7 +14,9 @@ from lowrank_onnx.base import Candidate, Site
 from lowrank_onnx.budget import Selection
 from lowrank_onnx.cost import Cost
 from lowrank_onnx.errors import ModelError
+from lowrank_onnx.labels import strongest_rows
 from lowrank_onnx.linalg import Array, effective_rank, energy_rank
+from lowrank_onnx.memory import session_rss_bytes
 from lowrank_onnx.metrics import Fidelity
 from lowrank_onnx.model import Model
 from lowrank_onnx.probes import Curve
@@ -32,15 +34,19 @@ _SPECTRUM_POINTS = 256
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Accuracy and speed of a finished model against the original; None where there was nothing to run on."""
+    """Accuracy and speed of a finished model against the original; None where there was nothing to run on.
+
+    Memory is that of a loaded session, before and after; None where nobody asked for a small model.
+    """
 
     accuracy: Accuracy | None
     timing: Timing | None
     on: str
+    memory: tuple[int | None, int | None] | None = None
 
 
-def measure(problem: Problem, selection: Selection, progress: Progress | None) -> Measured:
-    """Run original and rewritten model side by side.
+def measure(problem: Problem, selection: Selection, progress: Progress | None, memory: bool = False) -> Measured:
+    """Run original and rewritten model side by side; with ``memory``, load each in a process of its own as well.
 
     Raises:
         ModelError: The rewritten model does not run; nothing is written then.
@@ -51,13 +57,24 @@ def measure(problem: Problem, selection: Selection, progress: Progress | None) -
     timing = None
     if problem.feeds is not None:
         timing = benchmark([problem.session, candidate], problem.feeds.values, problem.runtime, problem.seed)
-    return Measured(accuracy, timing, "evaluate" if problem.evaluate is not None else "calibrate")
+    held = None
+    if memory:
+        folder = problem.model.folder
+        old, new = session_rss_bytes([(problem.model.proto, folder), (selection.built.proto, folder)], problem.runtime)
+        held = old, new
+    return Measured(accuracy, timing, "evaluate" if problem.evaluate is not None else "calibrate", held)
 
 
 def compress_report(
-    problem: Problem, target: Target, planned: Any, measured: Measured, seconds: Mapping[str, float]
+    problem: Problem,
+    target: Target,
+    planned: Any,
+    measured: Measured,
+    seconds: Mapping[str, float],
+    labels: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Return the report of ``compress`` and ``apply``, schema 1."""
+    """Return the report of ``compress`` and ``apply``, schema 1; ``labels`` name the rows of components."""
+    memory = measured.memory or (None, None)
     after: Cost = planned.selection.cost
     metric = None if measured.accuracy is None else measured.accuracy.metric
     latencies = (None, None) if measured.timing is None else measured.timing.latencies
@@ -68,15 +85,17 @@ def compress_report(
         "model": _model(problem.model),
         "target": target.as_dict(),
         "environment": environment(problem.runtime),
-        "before": _state(problem.cost, latencies[0], None if metric is None else metric.before),
-        "after": _state(after, latencies[1], None if metric is None else metric.after),
+        "before": _state(problem.cost, latencies[0], None if metric is None else metric.before)
+        | {"session_rss_bytes": memory[0]},
+        "after": _state(after, latencies[1], None if metric is None else metric.after)
+        | {"session_rss_bytes": memory[1]},
         "ratio": _ratios(problem.cost, after, ratio),
         "metric": _metric(metric),
         "fidelity": _fidelity(measured),
         "seconds": dict(seconds),
         "peak_rss_bytes": peak_rss_bytes(),
         "data": _data(problem),
-        "sites": _sites(problem, planned),
+        "sites": _sites(problem, planned, labels),
         "warnings": [*_warnings(problem), *_blind(problem, planned)],
     }
 
@@ -298,7 +317,16 @@ def _blind(problem: Problem, planned: Any) -> list[str]:
     return [f"factorized by weight alone, {reason}: {', '.join(names)}" for reason, names in reasons.items()]
 
 
-def _sites(problem: Problem, planned: Any) -> list[dict[str, Any]]:
+def _components(planned: Any, site: Site, labels: Sequence[str] | None) -> dict[str, Any]:
+    """What the components of a site are made of, where its factor has a row for every label."""
+    if labels is None:
+        return {}
+    (technique,) = [c.proposal.technique for c in planned.selection.choices if c.proposal.site is site]
+    factor = technique.components(site, planned.selection.built.factors[site.name])
+    return {} if factor is None or len(factor) != len(labels) else {"components": strongest_rows(factor, labels)}
+
+
+def _sites(problem: Problem, planned: Any, labels: Sequence[str] | None) -> list[dict[str, Any]]:
     chosen = {choice.proposal.site.name: choice for choice in planned.selection.choices}
     covered = {name for choice in planned.selection.choices for name in choice.proposal.site.parts}
     changed = {choice.proposal.site.name: choice.candidate for choice in planned.selection.kept}
@@ -307,6 +335,7 @@ def _sites(problem: Problem, planned: Any) -> list[dict[str, Any]]:
         if site.name in chosen:
             choice = chosen[site.name]
             row = _factorized(choice.proposal, choice.candidate, problem.calibrate is not None)
+            row |= _components(planned, site, labels)
             rows.append({**row, "refined": planned.selection.notes.get(site.name)})
         elif not site.parts and site.name not in covered:
             row = _kept(site, planned.refusals[site.name], changed.get(site.name))

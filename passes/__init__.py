@@ -7,6 +7,7 @@ from lowrank_onnx.passes.embedding import Embedding
 from lowrank_onnx.passes.feedforward import Feedforward
 from lowrank_onnx.passes.grouped_embedding import GroupedEmbedding
 from lowrank_onnx.passes.heads import Heads
+from lowrank_onnx.passes.nmf import NMF
 from lowrank_onnx.passes.recurrent_cell import RecurrentCell
 from lowrank_onnx.passes.recurrent_input import RecurrentInput
 from lowrank_onnx.passes.recurrent_stored import RecurrentStored
@@ -33,6 +34,7 @@ PASSES: tuple[type[Pass], ...] = (
     Embedding,
     GroupedEmbedding,
     Tied,
+    NMF,
 )
 
 __all__ = ["PASSES"]

@@ -104,7 +104,9 @@ class Tied(Pass):
     def factorize(self, site: Site, analysis: Analysis, candidate: Candidate) -> Factors:
         """See Pass.factorize."""
         (rank,) = candidate.ranks
-        first, second = balanced(site.weight.astype(np.float64) @ analysis.basis.into[:, :rank], analysis.basis.back[:rank])
+        first, second = balanced(
+            site.weight.astype(np.float64) @ analysis.basis.into[:, :rank], analysis.basis.back[:rank]
+        )
         return {"first": store(first, site), "second": store(second, site)}
 
     def emit(self, site: Site, candidate: Candidate, factors: Factors) -> Sequence[Replacement]:

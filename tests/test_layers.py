@@ -17,7 +17,7 @@ ORDER = """
     version errors threads
     linalg
     decompositions
-    data cache
+    data cache labels
     metrics runtime unpack
     model
     base
@@ -28,7 +28,7 @@ ORDER = """
     conv_chains head_chains recurrent_chains
     statistics stream rewrite kept
     allocation target plans
-    validation
+    validation memory
     augment
     problem proposals
     latency building probes

@@ -92,16 +92,20 @@ def semi_nmf(matrix: Array, rank: int, iterations: int = 500, tolerance: float =
 
     Args:
         matrix: (m, n), any signs.
-        rank: 1 ≤ rank ≤ min(m, n). Rank n is exact; rank m is not, as columns of all signs need more
-            than m rays to reach them.
+        rank: 1 ≤ rank ≤ min(m + 1, n), which is exact: m rays do not reach columns of all signs, m + 1 do.
         iterations, tolerance: As in ``nmf``.
 
     Source: Ding, Li & Jordan 2010, doi:10.1109/TPAMI.2008.277. Of two starts the better is taken: the absolute
     right singular vectors, and their positive and negative parts in turn.
     """
-    matrix = _checked(matrix, rank)
+    matrix = checked_weight(matrix)
+    checked_rank(rank, min(len(matrix) + 1, matrix.shape[1]), f"rank of a factorization of {matrix.shape}")
     if rank == matrix.shape[1]:
         return Factors(matrix.copy(), np.eye(rank), 0.0)
+    if rank > len(matrix):  # the unit vectors, and one that points against all of them
+        against = np.maximum(-matrix.min(axis=0), 0.0)
+        right = np.concatenate([matrix + against, against[None]])
+        return Factors(np.concatenate([np.eye(len(matrix)), -np.ones((len(matrix), 1))], axis=1), right, 0.0)
     _, _, vt = finite_svd(matrix)
     split = np.stack([np.maximum(vt, 0), np.maximum(-vt, 0)], axis=1).reshape(-1, matrix.shape[1])
     kept = split[np.linalg.norm(split, axis=1) > 1e-6][:rank]  # one-signed vectors have no other part
@@ -122,7 +126,7 @@ def semi_nmf_output(
 
     Args:
         weight: (O, F).
-        rank: 1 ≤ rank ≤ min(O, F); rank O is exact.
+        rank: 1 ≤ rank ≤ min(O, F + 1), which is exact.
         patch_gram: (F, F) centred second moment of x.
         ridge: In units of the mean variance of x.
         iterations, tolerance: As in ``nmf``.
@@ -134,7 +138,7 @@ def semi_nmf_output(
     that carries it: semi-NMF of (W S)ᵀ, then least squares for the right factor. The better of this and the
     factors found without the metric is returned.
     """
-    weight = _checked(weight, rank)
+    weight = checked_weight(weight)
     gram = np.asarray(patch_gram, np.float64)
     if gram.shape != (weight.shape[1],) * 2:
         raise ValueError(f"a weight {weight.shape} needs a gram {(weight.shape[1],) * 2}, got {gram.shape}")
@@ -148,6 +152,19 @@ def semi_nmf_output(
         squared = max(float(np.vdot(lost @ gram, lost)), 0.0)
         found.append(Factors(left, right, float(np.sqrt(squared / energy)) if energy > 0 else 0.0))
     return min(found, key=lambda factors: factors.error)
+
+
+def sparser(right: Array, share: float) -> Array:
+    """Return a non-negative factor (r, n) of which every component keeps only its largest entries, at least one.
+
+    Args:
+        right: (r, n), not negative.
+        share: Share of the entries of a component to set to zero, in [0, 1).
+    """
+    gone = min(int(share * right.shape[1]), right.shape[1] - 1)
+    made = right.copy()
+    np.put_along_axis(made, np.argsort(right, axis=1, kind="stable")[:, :gone], 0.0, axis=1)
+    return made
 
 
 def _checked(matrix: Array, rank: int) -> Array:

@@ -89,6 +89,7 @@ def write_html(report: Mapping[str, Any], path: Path) -> None:
         bars=bars(sites, wording.errors_are_output(report)),
         spectra=spectra(sites),
         sensitivity=sensitivity(sites),
+        components=wording.components(sites),
         frontier=frontier.section(report["frontier"]) if report.get("frontier") else None,
         steps=_steps(report.get("seconds") or {}),
     )

@@ -15,6 +15,9 @@ from lowrank_onnx.report.units import NBSP, finite, plain
 ROWS = 40
 """Longest table of layers; what is beyond is counted, not listed."""
 
+COMPONENTS = 5
+"""Most components of one layer."""
+
 _ASCII = str.maketrans({"→": "->", "×": "x", "–": "-", "−": "-", "≤": "<=", "…": "...", "·": "-", "\ufffd": "?"})
 _ASCII_RULE = box.Box("    \n    \n -- \n    \n    \n -- \n    \n    \n", ascii=True)
 _MIN_NAME = 14
@@ -46,6 +49,13 @@ def render_terminal(report: Mapping[str, Any], console: Console) -> None:
     for warning in report.get("warnings") or ():
         say(console, f"Warning: {wording.sentence(warning)}", "yellow")
     _layers(report, console)
+    for name, lines in wording.components(report["sites"]):
+        console.print()
+        say(console, f"{name}: the strongest rows of {units.plural(len(lines), 'component')}", "bold")
+        for line in lines[:COMPONENTS]:
+            say(console, f"  {line}")
+        if len(lines) > COMPONENTS:
+            say(console, f"and {len(lines) - COMPONENTS} more; the JSON and HTML reports list every component.")
 
 
 def say(console: Console, sentence: str, style: str = "") -> None:

@@ -140,6 +140,10 @@ def comparisons(report: Mapping[str, Any]) -> list[Comparison]:
             1 / speedup if speedup else None,
         ),
     ]
+    held = [finite(state.get("session_rss_bytes")) for state in (before, after)]
+    if held[0] and held[1] is not None:
+        share = held[1] / held[0]
+        lines.insert(3, Comparison("Loaded memory", units.size(held[0]), units.size(held[1]), units.ratio(share), share))
     metric = report.get("metric") or {}
     old, new = metric.get("before", before.get("metric")), metric.get("after", after.get("metric"))
     if finite(old) is not None or finite(new) is not None:
@@ -225,6 +229,15 @@ def environment(report: Mapping[str, Any]) -> str:
 def factorized(sites: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the sites that were factorized, in the order of the graph."""
     return [site for site in sites if site.get("decision") == "factorized"]
+
+
+def components(sites: Iterable[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Return, for every site with named components, its name and one line of names for each component."""
+    return [
+        (plain(site["name"]), [", ".join(plain(row["name"]) for row in entry["rows"]) for entry in site["components"]])
+        for site in sites
+        if site.get("components")
+    ]
 
 
 def by_reason(sites: Iterable[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:

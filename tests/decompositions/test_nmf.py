@@ -152,7 +152,7 @@ def test_semi_nmf_stops_where_its_update_is_still() -> None:
 def test_what_does_not_fit_is_told() -> None:
     with pytest.raises(ValueError, match="got 2 negative entries of 4; semi_nmf takes signed ones"):
         nmf(np.array([[1.0, -1.0], [-1.0, 1.0]]), 1)
-    with pytest.raises(ValueError, match=r"must be in 1\.\.2, got 3"):
-        semi_nmf(np.ones((2, 3)), 3)
+    with pytest.raises(ValueError, match=r"must be in 1\.\.3, got 4"):
+        semi_nmf(np.ones((2, 5)), 4)
     with pytest.raises(ValueError, match=r"needs a gram \(3, 3\), got \(2, 2\)"):
         semi_nmf_output(np.ones((2, 3)), 1, np.eye(2))
