@@ -133,7 +133,8 @@ def observe(
         DataError: ``mask`` names no input, or nothing is left behind the mask.
         ModelError: onnxruntime cannot run the model on the data.
     """
-    chosen = [site for site in sites if site.kind != "tied" and unobserved(site) is None]  # its parts tell of a tied one
+    # The parts of a tied table are sites of their own, and tell of it.
+    chosen = [site for site in sites if site.kind != "tied" and unobserved(site) is None]
     layouts = {(use.input, row_layout(site)): _width(site, use) for site in chosen for use in site.uses}
     sums = {key: (CountSums if isinstance(key[1], Lookup) else MomentSums)(width) for key, width in layouts.items()}
     shapes = {use.input: use.input_shape for site in chosen for use in site.uses}

@@ -143,7 +143,9 @@ def comparisons(report: Mapping[str, Any]) -> list[Comparison]:
     held = [finite(state.get("session_rss_bytes")) for state in (before, after)]
     if held[0] and held[1] is not None:
         share = held[1] / held[0]
-        lines.insert(3, Comparison("Loaded memory", units.size(held[0]), units.size(held[1]), units.ratio(share), share))
+        lines.insert(
+            3, Comparison("Loaded memory", units.size(held[0]), units.size(held[1]), units.ratio(share), share)
+        )
     metric = report.get("metric") or {}
     old, new = metric.get("before", before.get("metric")), metric.get("after", after.get("metric"))
     if finite(old) is not None or finite(new) is not None:

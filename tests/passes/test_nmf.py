@@ -18,7 +18,7 @@ from lowrank_onnx.labels import read_labels, strongest_rows
 from lowrank_onnx.memory import session_rss_bytes
 from lowrank_onnx.pipeline import compress
 from lowrank_onnx.runtime import Runtime
-from tests.builders import Array, answers, build, correlated, falling
+from tests.builders import Array, build, correlated, falling
 
 SCHEMA = json.loads((Path(lowrank_onnx.__file__).parent / "report" / "schema.json").read_text(encoding="utf-8"))
 TEXT = "g (int64[n,s] i) => (float[n,s,20] y) { e = Gather(t, i)  y = MatMul(e, w) }"
