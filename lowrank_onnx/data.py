@@ -6,6 +6,7 @@ converted in silence.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import importlib.util
@@ -97,6 +98,8 @@ class Dataset:
         loose: Arrays that are no input and do not count the samples on axis 0 (one score for two samples).
         batchable: Whether the arrays *could* be joined: each input has one row a sample, its first dimension
             is not fixed, all samples have equal shapes. Only a run tells whether the model agrees.
+        lengths: (samples,) real positions of each, where padding behind them is left out; None keeps it.
+        cut: The inputs whose axis 1 ends at the longest of the samples that run together.
     """
 
     source: str
@@ -104,6 +107,8 @@ class Dataset:
     per_sample: Mapping[str, Column]
     loose: Mapping[str, Array]
     batchable: bool
+    lengths: Array | None = None
+    cut: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.inputs.values())))
@@ -115,7 +120,7 @@ class Dataset:
             IndexError: ``index`` is not in [0, len).
         """
         self._require([index])
-        return {name: column.sample(index) for name, column in self.inputs.items()}
+        return self._trim({name: column.sample(index) for name, column in self.inputs.items()}, [index])
 
     def batch(self, indices: Sequence[int]) -> dict[str, Array]:
         """Return samples joined on axis 0 by input name.
@@ -131,7 +136,18 @@ class Dataset:
                 joined[name] = np.concatenate([column.sample(index) for index in indices])
             except ValueError as error:
                 raise DataError(f"samples of input '{name}' cannot be joined on axis 0: {error}") from error
-        return joined
+        return self._trim(joined, indices)
+
+    @property
+    def untrimmed(self) -> Dataset:
+        """The same samples with all their padding."""
+        return self if self.lengths is None else dataclasses.replace(self, lengths=None, cut=())
+
+    def _trim(self, feeds: dict[str, Array], indices: Sequence[int]) -> dict[str, Array]:
+        if self.lengths is None:
+            return feeds
+        end = int(self.lengths[list(indices)].max())
+        return {name: value[:, :end] if name in self.cut else value for name, value in feeds.items()}
 
     def subset(self, indices: Sequence[int]) -> Dataset:
         """Return the data set of these samples, in this order.
@@ -150,6 +166,8 @@ class Dataset:
             MappingProxyType({name: column.take(indices) for name, column in self.per_sample.items()}),
             MappingProxyType({}),
             self.batchable,
+            None if self.lengths is None else self.lengths[list(indices)],
+            self.cut,
         )
 
     def doubled(self, changed: Mapping[str, Array]) -> Dataset:
@@ -158,9 +176,9 @@ class Dataset:
         Arrays that are no input are left out: they belong to the samples as they were.
         """
         inputs = {name: column.followed_by(changed.get(name, column.array)) for name, column in self.inputs.items()}
-        return Dataset(
-            self.source, MappingProxyType(inputs), MappingProxyType({}), MappingProxyType({}), self.batchable
-        )
+        lengths = None if self.lengths is None else np.concatenate([self.lengths, self.lengths])
+        nothing: Mapping[str, Any] = MappingProxyType({})
+        return Dataset(self.source, MappingProxyType(inputs), nothing, nothing, self.batchable, lengths, self.cut)
 
     @cached_property
     def extra(self) -> Mapping[str, Array]:

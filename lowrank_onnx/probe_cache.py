@@ -18,12 +18,13 @@ def cached_probe(
     problem: Problem, proposals: Sequence[Proposal], mask: str | None, cache: Cache, progress: Progress | None
 ) -> dict[int, Curve]:
     """Return the damage curves of proposals by position; only those not known yet are measured."""
-    assert problem.calibrate is not None
+    genuine = problem.genuine
+    assert problem.calibrate is not None and genuine is not None
     shared = {
         "what": f"damage {__version__}",
         "model": problem.model.digest,
         "data": problem.calibrate.sha256,
-        "augmented": problem.training is not problem.calibrate,
+        "augmented": len(problem.training or ()) > len(genuine),
         "mask": mask,
         "seed": problem.seed,
         "samples": SAMPLES,
@@ -40,7 +41,7 @@ def cached_probe(
         problem.model,
         problem.session,
         proposals,
-        problem.calibrate,
+        genuine,
         problem.runtime,
         mask,
         problem.seed,

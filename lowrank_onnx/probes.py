@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lowrank_onnx.base import Candidate, Replacement, Site
-from lowrank_onnx.batches import batches
+from lowrank_onnx.batches import batches, by_length
 from lowrank_onnx.data import Dataset
 from lowrank_onnx.kept import dense_node
 from lowrank_onnx.linalg import Array
@@ -95,7 +95,7 @@ def probe(
     if not todo:
         return curves
     picked = np.sort(np.random.default_rng(seed).permutation(len(dataset))[: _samples(proposals, todo)])
-    subset = dataset.subset(picked.tolist())
+    subset = dataset.subset(by_length(dataset, picked.tolist()))
     size = min(safe_batch(session, subset), 16)
     parts = {part.name: part for place in todo for part in _parts(proposals[place].site)}
     proto, constants = _with_dense(model, list(parts.values()))

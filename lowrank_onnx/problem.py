@@ -21,6 +21,7 @@ from lowrank_onnx.runtime import Runtime, input_specs, open_session
 from lowrank_onnx.shapes import Shapes, measure_shapes, static_shapes
 from lowrank_onnx.sites import find_sites
 from lowrank_onnx.sites.recurrent import GATES
+from lowrank_onnx.trimming import trimmed
 
 Source = str | os.PathLike[str] | onnx.ModelProto | Model
 Data = str | os.PathLike[str] | Mapping[str, Any] | Iterable[Mapping[str, Any]] | Dataset
@@ -33,7 +34,8 @@ class Problem:
     Attributes:
         session: The original model, open on the chosen provider.
         calibrate, evaluate: Data; None where none were given.
-        training: What statistics are taken from: the calibration data, and behind them what was made of them.
+        training: What statistics are taken from: the calibration data without needless padding, and behind them
+            what was made of them.
         feeds: The inputs for shapes and timing; None where the model leaves axes open and nothing fixes them.
         unfed: Why there are no feeds.
         shapes: Shapes of tensors with those inputs.
@@ -70,6 +72,13 @@ class Problem:
     def by_name(self) -> dict[str, Site]:
         """The sites by name."""
         return {site.name: site for site in self.sites}
+
+    @property
+    def genuine(self) -> Dataset | None:
+        """The calibration samples among ``training``."""
+        if self.training is None or self.calibrate is None:
+            return None
+        return self.training.subset(range(len(self.calibrate)))
 
     @property
     def judged_on(self) -> Dataset | None:
@@ -134,9 +143,10 @@ def pose(
         # Made-up inputs need not suit a model; parameters and size can be counted all the same.
         feeds, unfed, shapes = None, str(error), static_shapes(model)
     sites = tuple(find_sites(model, shapes))
-    training = known = data["--calibrate"]
-    if known is not None and augment:
-        training = exchange_tokens(known, sites, mask, seed) or known
+    training = data["--calibrate"]
+    if training is not None:
+        training = trimmed(session, training, mask)
+        training = (exchange_tokens(training, sites, mask, seed) if augment else None) or training
     return Problem(
         model=model,
         runtime=runtime,

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from lowrank_onnx.base import Factors, Moments, Site
-from lowrank_onnx.batches import batches
+from lowrank_onnx.batches import batches, by_length
 from lowrank_onnx.building import Choice, build, factorize
 from lowrank_onnx.kept import Kept
 from lowrank_onnx.linalg import Array
@@ -114,7 +114,10 @@ def refine(
     places = [place for place, choice in enumerate(choices) if _is_refittable(choice)]
     if data is None or not places or samples < _fewest([choices[place] for place in places]):
         return unchanged
-    train, held = _split(problem, [choices[place] for place in places], samples, len(data) // samples)
+    train, held = (
+        by_length(data, part)
+        for part in _split(problem, [choices[place] for place in places], samples, len(data) // samples)
+    )
     size = min(safe_batch(problem.session, data), 16)
     groups = [list(batch) for part in (train, held) for batch in _chunks(part, size)]
     seen = len(list(_chunks(train, size)))

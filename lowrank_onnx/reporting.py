@@ -282,7 +282,7 @@ def _data(problem: Problem) -> dict[str, Any]:
     note = ""
     if calibrate is None:
         note = "no calibration data: every layer was judged by its weight alone; give --calibrate for better factors"
-    elif problem.training is not calibrate:
+    elif problem.training is not None and len(problem.training) > len(calibrate):
         note = (
             f"calibrated on the {len(calibrate)} samples and as many copies with some tokens exchanged: the data show "
             "a small part of the vocabulary (--no-augment leaves the copies out)"

@@ -13,7 +13,7 @@ import onnx
 from onnx import ModelProto
 
 from lowrank_onnx.base import Counts, Moments, Site, Use
-from lowrank_onnx.batches import batches, can_batch
+from lowrank_onnx.batches import batches, by_length, can_batch
 from lowrank_onnx.data import Dataset
 from lowrank_onnx.errors import DataError
 from lowrank_onnx.linalg import Array
@@ -143,8 +143,11 @@ def observe(
         session = open_session(expose(model.proto, names), runtime, model.folder)
         size = _batch_size(session, dataset, [shapes[name] for name in names])
         genuine = len(dataset) - copies
-        rest = (range(part.start + genuine, part.stop + genuine) for part in batches(copies, size))
-        for indices in (*batches(genuine, size), *rest):
+        given = by_length(dataset, range(genuine))
+        made = by_length(dataset, range(genuine, len(dataset)))
+        parts = [[part[place] for place in batch] for part in (given, made) for batch in batches(len(part), size)]
+        told = 0
+        for indices in parts:
             feeds = dataset.batch(indices) if size > 1 else dataset.feeds(indices[0])
             values = run(session, feeds, [name for name in names if name not in feeds])
             keep = padding_mask(feeds, mask)
@@ -155,8 +158,9 @@ def observe(
                 value = feeds[name] if name in feeds else values[name]
                 count = positions_of(len(indices), len(dataset))
                 sums[key].add(choose_rows(layout, value.shape, keep, count, indices[0]).of_input(value))
+            told += len(indices)
             if progress is not None:
-                progress("observe", indices[-1] + 1, len(dataset))
+                progress("observe", told, len(dataset))
     for (name, _), entry in sums.items():
         if entry.rows == 0:
             raise DataError(f"no row of tensor '{name}' is left behind the mask; is '{mask or 'the mask'}' all zeros?")

@@ -29,7 +29,7 @@ ORDER = """
     statistics stream rewrite kept
     allocation target plans
     validation memory
-    augment
+    augment trimming
     problem proposals
     latency building probes
     probe_cache refine budget forms
