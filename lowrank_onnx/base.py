@@ -206,12 +206,14 @@ class Replacement:
         remove: Names of the nodes that go.
         nodes: The nodes that come, in any order; they read and write tensors by name.
         reshaped: Tensors that stay but change their shape.
+        resized: Inputs and outputs of the model that change their shape: name, axis, and its new size.
     """
 
     scope: str
     remove: tuple[str, ...]
     nodes: tuple[gs.Node, ...]
     reshaped: tuple[str, ...] = ()
+    resized: tuple[tuple[str, int, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,11 @@ _augment = click.option(
     default=True,
     help="Calibrate text on the given samples alone, without copies with exchanged tokens.",
 )
+_io_change = click.option(
+    "--allow-io-change",
+    is_flag=True,
+    help="Let inputs and outputs that hold a cache of keys or values get narrower.",
+)
 _minimize = click.option(
     "--minimize",
     type=click.Choice(OBJECTIVES),
@@ -181,6 +186,7 @@ def inspect(model: Path, json_file: Path | None, html: Path | None, overwrite: b
 @_jobs
 @_refine
 @_augment
+@_io_change
 @_minimize
 @_cache
 @_labels
@@ -214,6 +220,7 @@ def compress(
 @_jobs
 @_refine
 @_augment
+@_io_change
 @_minimize
 @_cache
 @_report
@@ -321,6 +328,7 @@ def benchmark(models: tuple[Path, ...], json_file: Path | None, overwrite: bool,
 @_jobs
 @_refine
 @_augment
+@_io_change
 @_cache
 @_overwrite
 def sweep(model: Path, folder: Path, budgets: str | None, **options: Any) -> None:

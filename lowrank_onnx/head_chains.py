@@ -1,4 +1,7 @@
-"""Nodes that change when the heads of an attention block get narrower: shapes and scales. None is added."""
+"""Nodes that change when the heads of an attention block get narrower: shapes and scales.
+
+None is added, but those that choose columns of the tables of rotary positions.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,16 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from lowrank_onnx.base import Replacement, Site
-from lowrank_onnx.sites.attention import Resize, Scale
+from lowrank_onnx.linalg import Array
+from lowrank_onnx.sites.attention import Resize, Scale, Table
 
 
-def narrowed(site: Site, width: int, chains: Sequence[Replacement]) -> Replacement:
-    """Join the chains of the layers of a site with its shapes and scales, for heads of another width."""
+def narrowed(site: Site, width: int, chains: Sequence[Replacement], columns: Array | None = None) -> Replacement:
+    """Join the chains of the layers of a site with its shapes and scales, for heads of another width.
+
+    Args:
+        columns: (width,) the columns that are kept of the tables of rotary positions.
+    """
     nodes = [node for chain in chains for node in chain.nodes]
     remove = [name for chain in chains for name in chain.remove]
     for resize in site.attributes["resizes"]:
@@ -23,8 +31,12 @@ def narrowed(site: Site, width: int, chains: Sequence[Replacement]) -> Replaceme
         for scale in site.attributes["scales"]:
             nodes.append(_scale(scale, share))
             remove.append(scale.node)
+    for place, table in enumerate(site.attributes["tables"]):
+        nodes += _turned(site, place, table, np.asarray(columns, np.int64))
+        remove.append(table.node)
     (scope,) = {chain.scope for chain in chains}
-    return Replacement(scope, tuple(remove), tuple(nodes), reshaped=tuple(site.attributes["between"]))
+    resized = tuple((cache.name, cache.axis, width) for cache in site.attributes["caches"])
+    return Replacement(scope, tuple(remove), tuple(nodes), reshaped=tuple(site.attributes["between"]), resized=resized)
 
 
 def query_gain(site: Site, width: int) -> float:
@@ -55,8 +67,18 @@ def _reshape(resize: Resize, width: int) -> list[gs.Node]:
     output = gs.Variable(resize.output)
     return [
         *nodes,
-        gs.Node("Reshape", f"{resize.node}/heads", attributes, [gs.Variable(resize.input), target], [output]),
+        gs.Node(resize.op, f"{resize.node}/heads", attributes, [gs.Variable(resize.input), target], [output]),
     ]
+
+
+def _turned(site: Site, place: int, table: Table, columns: Array) -> list[gs.Node]:
+    """The product with some columns of a table, which queries and keys read alike."""
+    first = next(at for at, entry in enumerate(site.attributes["tables"]) if entry.table == table.table)
+    chosen = gs.Variable(f"{site.name}/table{first}")
+    index = gs.Constant(f"{site.name}/columns", columns)
+    gather = gs.Node("Gather", f"{site.name}/table{first}", {"axis": -1}, [gs.Variable(table.table), index], [chosen])
+    product = gs.Node("Mul", f"{table.node}/heads", {}, [gs.Variable(table.input), chosen], [gs.Variable(table.output)])
+    return [*([gather] if first == place else []), product]
 
 
 def _scale(scale: Scale, share: float) -> gs.Node:

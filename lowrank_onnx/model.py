@@ -22,7 +22,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from onnx.reference import ReferenceEvaluator
 
 from lowrank_onnx.errors import ModelError
-from lowrank_onnx.unpack import unpack_attention
+from lowrank_onnx.unpack import unpack_attention, unpack_layers
 
 Array = NDArray[Any]
 
@@ -233,6 +233,7 @@ def prepare(proto: ModelProto) -> ModelProto:
         if parameter_count(inlined) <= parameter_count(proto):
             proto = inlined
     unpack_attention(proto)
+    unpack_layers(proto)
     taken = {node.name for scope in index_scopes(proto) for node in scope.graph.node if node.name}
     seen: set[str] = set()
     for scope in index_scopes(proto):

@@ -131,6 +131,11 @@ class Settings:
             return [kind() for kind in PASSES if kind.default]
         return [read_technique(text) for text in self.technique]
 
+    @property
+    def matrices(self) -> bool:
+        """Whether a technique takes attention without its layers."""
+        return any(entry.name == "nystrom" for entry in self.passes())
+
 
 def read_technique(text: str) -> Pass:
     """Read ``name`` or ``name:option=value,option=value``.
@@ -319,6 +324,7 @@ def compress(
     minimize: str = "latency",
     cache: bool = True,
     labels: str | Path | None = None,
+    allow_io_change: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Make a model smaller or faster by low-rank factorization; nothing is written.
@@ -344,6 +350,7 @@ def compress(
         minimize: What ``max_drop`` makes as small as it can: ``latency``, ``macs``, ``size`` or ``params``.
         cache: Use and keep what was measured in earlier runs.
         labels: A file of names, one a line, of the rows of non-negative factors; the report lists the strongest.
+        allow_io_change: Let inputs and outputs that hold a cache of keys or values get narrower.
         progress: Called with (step, done, total).
 
     Raises:
@@ -366,7 +373,19 @@ def compress(
     techniques = settings.passes()  # a typing error must not wait for the data
     names = None if labels is None else read_labels(labels)
     with clock.step("load"):
-        problem = pose(model, Runtime(provider, threads), calibrate, evaluate, metric, shape, seed, mask, augment)
+        problem = pose(
+            model,
+            Runtime(provider, threads),
+            calibrate,
+            evaluate,
+            metric,
+            shape,
+            seed,
+            mask,
+            augment,
+            allow_io_change,
+            settings.matrices,
+        )
     if names is not None:
         _check_labels(problem, techniques, names)
     planned = _decide(problem, wish, settings, clock, progress)
@@ -418,6 +437,7 @@ def _as_plan(problem: Problem, target: Target, settings: Settings, planned: Plan
         "seed": problem.seed,
         "refine": settings.refine,
         "augment": settings.augment,
+        "allow_io_change": problem.allow_io_change,
     }
     choices = tuple(choice.candidate for choice in planned.selection.choices)
     refits = planned.selection.notes.keys() - {candidate.site for candidate in choices}
@@ -476,7 +496,20 @@ def apply(
     with clock.step("load"):
         runtime = Runtime(setting.get("provider", "cpu"), threads)
         seed = int(setting.get("seed", 0))
-        problem = pose(opened, runtime, calibrate, evaluate, metric, shape, seed, settings.mask, settings.augment)
+        augment, io_change = settings.augment, bool(setting.get("allow_io_change", False))
+        problem = pose(
+            opened,
+            runtime,
+            calibrate,
+            evaluate,
+            metric,
+            shape,
+            seed,
+            settings.mask,
+            augment,
+            io_change,
+            settings.matrices,
+        )
     if source is not None and problem.calibrate is not None and problem.calibrate.sha256 != source["sha256"]:
         raise PlanError(
             f"the plan was made with other calibration data (digest {source['sha256'][:12]}…, found "
@@ -540,7 +573,8 @@ def inspect(
     clock = Clock()
     settings = Settings(tuple(technique), mask=mask, jobs=jobs)
     passes = settings.passes()
-    problem = pose(model, Runtime(provider, threads), calibrate, None, None, shape, seed, mask, augment)
+    runtime = Runtime(provider, threads)
+    problem = pose(model, runtime, calibrate, None, None, shape, seed, mask, augment, matrices=settings.matrices)
     statistics = _observe(problem, settings, clock, progress)
     proposals, reasons = propose(problem.sites, passes, statistics, None, jobs)
     curves: Mapping[int, Curve] = {}
@@ -635,6 +669,7 @@ def sweep(
     refine: bool = True,
     augment: bool = True,
     cache: bool = True,
+    allow_io_change: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -657,7 +692,19 @@ def sweep(
     targets = [read_target({f"keep_{by}": budget}) for budget in sorted(set(budgets), reverse=True)]
     settings = Settings(tuple(technique), tuple(include), tuple(exclude), mask, jobs, refine, augment, cache=cache)
     place = Path(folder)
-    problem = pose(model, Runtime(provider, threads), calibrate, evaluate, metric, shape, seed, mask, augment)
+    problem = pose(
+        model,
+        Runtime(provider, threads),
+        calibrate,
+        evaluate,
+        metric,
+        shape,
+        seed,
+        mask,
+        augment,
+        allow_io_change,
+        settings.matrices,
+    )
     names = [f"keep_{target.value:.2f}.onnx" for target in targets]
     _prepare_folder(place, [*names, *FRONTIER_FILES], problem, overwrite)
     statistics = _observe(problem, settings, clock, progress)

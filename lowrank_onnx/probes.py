@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from lowrank_onnx.attention_statistics import is_matrix
 from lowrank_onnx.base import Candidate, Replacement, Site
 from lowrank_onnx.batches import batches, by_length
 from lowrank_onnx.data import Dataset
@@ -87,7 +88,7 @@ def probe(
     measured = [
         place
         for place, entry in enumerate(proposals)
-        if place not in known and all(not use.scope for use in entry.site.uses)
+        if place not in known and all(not use.scope for use in entry.site.uses) and not is_matrix(entry.site)
     ]
     followed = _followed(proposals, measured)
     todo = [place for place in measured if place not in followed]
@@ -295,7 +296,8 @@ def divergence(reference: Sequence[Mapping[str, Array]], changed: Sequence[Mappi
         change = sum(
             float(np.sum((entry[name] - other[name]) ** 2))
             for entry, other in zip(reference, changed, strict=True)
-            if name in other  # an output that lies before the layer does not change
+            # An output that lies before the layer does not change; a cache of another width cannot be compared.
+            if name in other and other[name].shape == entry[name].shape
         )
         worst = max(worst, change / size if size > 0 else 0.0)
     return worst

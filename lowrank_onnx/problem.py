@@ -42,6 +42,7 @@ class Problem:
         sites: Every site, in the order of the nodes.
         cost: What the model weighs now.
         seed: Of everything random.
+        allow_io_change: Whether inputs and outputs that hold a cache may change their shape.
     """
 
     model: Model
@@ -57,6 +58,7 @@ class Problem:
     sites: tuple[Site, ...]
     cost: Cost
     seed: int
+    allow_io_change: bool = False
 
     def require_feeds(self, what: str) -> Feeds:
         """The feeds, or an error that says what they are needed for.
@@ -108,10 +110,14 @@ def pose(
     seed: int = 0,
     mask: str | None = None,
     augment: bool = True,
+    allow_io_change: bool = False,
+    matrices: bool = False,
 ) -> Problem:
     """Load everything a run needs, and check it.
 
     Args:
+        allow_io_change: Whether inputs and outputs that hold a cache may change their shape.
+        matrices: Whether attention without its layers is a site too.
         augment: Whether samples may be made of the given ones, where those show little of a vocabulary.
 
     Raises:
@@ -142,7 +148,9 @@ def pose(
             raise
         # Made-up inputs need not suit a model; parameters and size can be counted all the same.
         feeds, unfed, shapes = None, str(error), static_shapes(model)
-    sites = tuple(find_sites(model, shapes))
+    sites = tuple(find_sites(model, shapes, allow_io_change, matrices))
+    if allow_io_change:
+        _require_empty_caches(sites, data)
     training = data["--calibrate"]
     if training is not None:
         training = trimmed(session, training, mask)
@@ -161,7 +169,26 @@ def pose(
         sites=sites,
         cost=model_cost(model, shapes, model.size_bytes),
         seed=seed,
+        allow_io_change=allow_io_change,
     )
+
+
+def _require_empty_caches(sites: Sequence[Site], data: Mapping[str, Dataset | None]) -> None:
+    """Refuse data with a filled cache: another model cannot read it once its width has changed.
+
+    Raises:
+        DataError: A sample has past keys or values.
+    """
+    names = {cache.name for site in sites if site.kind == "attention" for cache in site.attributes["caches"]}
+    for option, entry in data.items():
+        for place in range(len(entry)) if entry is not None and names else ():
+            assert entry is not None
+            for name, value in entry.feeds(place).items():
+                if name in names and value.size:
+                    raise DataError(
+                        f"sample {place} of {option} holds a cache '{name}' {list(value.shape)}, whose width "
+                        "--allow-io-change lets change; give samples that start with an empty cache"
+                    )
 
 
 def _require_steps(model: Model, data: Dataset | None, option: str) -> None:

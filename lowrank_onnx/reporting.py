@@ -23,6 +23,7 @@ from lowrank_onnx.probes import Curve
 from lowrank_onnx.problem import Problem
 from lowrank_onnx.proposals import Proposal
 from lowrank_onnx.runtime import Runtime, onnxruntime, open_session
+from lowrank_onnx.sites.attention import left_alone
 from lowrank_onnx.statistics import Progress, unobserved
 from lowrank_onnx.target import Target
 from lowrank_onnx.validation import Accuracy, Latency, MetricResult, Ratio, Timing, benchmark, compare
@@ -96,7 +97,7 @@ def compress_report(
         "peak_rss_bytes": peak_rss_bytes(),
         "data": _data(problem),
         "sites": _sites(problem, planned, labels),
-        "warnings": [*_warnings(problem), *_blind(problem, planned)],
+        "warnings": [*_warnings(problem), *_blind(problem, planned), *_resized(planned)],
     }
 
 
@@ -304,7 +305,19 @@ def _warnings(problem: Problem) -> list[str]:
         found.append("timed on made-up inputs")
     if problem.evaluate is None and problem.calibrate is not None:
         found.append("fidelity was measured on the calibration data; give --evaluate for a figure on unseen data")
-    return found
+    singles = [site for site in problem.sites if not site.parts]
+    return [*found, *left_alone(problem.model, problem.shapes, singles, problem.allow_io_change)]
+
+
+def _resized(planned: Any) -> list[str]:
+    """Inputs and outputs that changed their shape."""
+    told = []
+    for choice in planned.selection.choices:
+        site, (width, *_) = choice.proposal.site, choice.candidate.ranks
+        for cache in site.attributes.get("caches", ()):
+            told.append(f"'{cache.name}' changed its shape: axis {cache.axis} is {width} instead of "
+                        f"{site.attributes['width']}")  # fmt: skip
+    return told
 
 
 def _blind(problem: Problem, planned: Any) -> list[str]:

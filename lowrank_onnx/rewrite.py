@@ -46,6 +46,11 @@ def rewrite(model: Model, replacements: Sequence[Replacement]) -> ModelProto:
         kept = [(place, node) for place, node in enumerate(graph.node) if node.name not in removed]
         _set_nodes(graph, [node for _, node in sorted(inserted + kept, key=lambda pair: pair[0])])
         _drop_value_info(graph, {name for entry in group for name in entry.reshaped})
+    sizes = {name: (axis, size) for entry in replacements for name, axis, size in entry.resized}
+    for value in (*proto.graph.input, *proto.graph.output):
+        if value.name in sizes and value.type.tensor_type.HasField("shape"):
+            axis, size = sizes[value.name]
+            value.type.tensor_type.shape.dim[axis].dim_value = size
     for name, array in constants.items():
         _add_initializer(proto, name, array)
     _prune(proto, orphans)

@@ -163,6 +163,7 @@ def run(session: Any, feeds: Mapping[str, np.ndarray], names: Sequence[str] | No
     Raises:
         ModelError: onnxruntime could not run the model on these inputs.
     """
+    feeds = fit_empty(feeds, {value.name: tuple(value.shape) for value in session.get_inputs()})
     wanted = [output.name for output in session.get_outputs()] if names is None else list(names)
     if not wanted:
         return {}  # onnxruntime takes an empty list for all outputs
@@ -172,6 +173,17 @@ def run(session: Any, feeds: Mapping[str, np.ndarray], names: Sequence[str] | No
         shapes = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in feeds.items())
         raise ModelError(f"onnxruntime could not run the model on {shapes[:300]}: {one_line(error)}") from error
     return dict(zip(wanted, values, strict=True))
+
+
+def fit_empty(feeds: Mapping[str, np.ndarray], shapes: Mapping[str, Sequence[Any]]) -> dict[str, np.ndarray]:
+    """Give arrays without a value, such as an empty cache, the sizes a model asks for: they hold nothing to lose."""
+    fitted = dict(feeds)
+    for name, value in feeds.items():
+        wanted = shapes.get(name, ())
+        if value.size == 0 and len(wanted) == value.ndim:
+            sizes = [size if isinstance(size, int) else own for size, own in zip(wanted, value.shape, strict=True)]
+            fitted[name] = value.reshape(sizes) if 0 in sizes else value
+    return fitted
 
 
 def one_line(error: BaseException) -> str:

@@ -16,7 +16,8 @@ from lowrank_onnx.runtime import Runtime, open_session, run
 Shapes = Mapping[tuple[str, str], tuple[int, ...]]
 """(scope path, tensor name) to shape."""
 
-# The operators whose cost or whose weight we care about. Not Loop: what it carries may be no tensors.
+# The operators whose cost or whose weight we care about, or whose shapes tell how heads are made.
+# Not Loop: what it carries may be no tensors.
 COSTLY_OPS = frozenset(
     {
         "MatMul",
@@ -31,7 +32,7 @@ COSTLY_OPS = frozenset(
         "Einsum",
         "Gather",
     }
-    | {"Attention", "MultiHeadAttention", "Scan"}
+    | {"Attention", "MultiHeadAttention", "Scan", "Expand", "Reshape", "Cos", "Sin"}
 )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import ModelProto
 
+from lowrank_onnx.attention_statistics import is_matrix, observe_matrices
 from lowrank_onnx.base import Counts, Moments, Site, Use
 from lowrank_onnx.batches import batches, by_length, can_batch
 from lowrank_onnx.data import Dataset
@@ -92,6 +93,8 @@ def unobserved(site: Site) -> str | None:
     """Return why ``observe`` cannot see what goes into a site; None if it can."""
     if any(use.scope for use in site.uses):
         return "inside a subgraph"
+    if is_matrix(site):
+        return "queries, keys and values are looked at as they are"
     if site.kind == "convolution":
         return unseen(site)
     if site.kind == "embedding":
@@ -115,7 +118,7 @@ def observe(
     mask: str | None = None,
     progress: Progress | None = None,
     copies: int = 0,
-) -> dict[str, dict[str, Moments | Counts]]:
+) -> dict[str, dict[str, Any]]:
     """Return the moments of every observable site on the calibration data, of an embedding the counts.
 
     Of a convolution the rows are the patches at a random sample of about ``POSITIONS`` output positions.
@@ -174,7 +177,8 @@ def observe(
     for site in sites:
         if site.kind == "tied" and all(name in rows for name in site.parts):
             rows[site.name] = {name: seen for part in site.parts for name, seen in rows[part].items()}
-    return {**rows, **{name: dict(entry) for name, entry in cells.items()}}
+    between = observe_matrices(model, sites, dataset, runtime)
+    return {**rows, **{name: dict(entry) for name, entry in cells.items()}, **between}
 
 
 def expose(proto: ModelProto, names: Sequence[str]) -> ModelProto:

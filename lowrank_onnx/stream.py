@@ -18,7 +18,7 @@ from lowrank_onnx.data import Dataset
 from lowrank_onnx.errors import ModelError
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.model import subgraphs
-from lowrank_onnx.runtime import Runtime, open_session, run
+from lowrank_onnx.runtime import Runtime, fit_empty, open_session, run
 
 
 class Stream:
@@ -41,8 +41,12 @@ class Stream:
         self._pending: list[NodeProto] = list(proto.graph.node)
         self._outputs = [value.name for value in proto.graph.output]
         single = all(len(indices) == 1 for indices in batches)
+        shapes = {
+            value.name: tuple(dim.dim_value or None for dim in value.type.tensor_type.shape.dim)
+            for value in proto.graph.input
+        }
         self.values: list[dict[str, Array]] = [
-            dataset.feeds(indices[0]) if single else dataset.batch(indices) for indices in batches
+            fit_empty(dataset.feeds(indices[0]) if single else dataset.batch(indices), shapes) for indices in batches
         ]
 
     def fork(self) -> Stream:

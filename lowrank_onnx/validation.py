@@ -14,7 +14,7 @@ from lowrank_onnx.data import Dataset
 from lowrank_onnx.errors import MetricError, ModelError
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.metrics import Fidelity, FidelityAccumulator, Metric, relative_drop
-from lowrank_onnx.runtime import Runtime, one_line, onnxruntime, run
+from lowrank_onnx.runtime import Runtime, fit_empty, one_line, onnxruntime, run
 from lowrank_onnx.statistics import Progress
 
 _BATCH_BYTES = 64 * 2**20  # of inputs and outputs at one time
@@ -87,6 +87,8 @@ def compare(
     other = [output.name for output in candidate.get_outputs()]
     if names != other:
         raise ModelError(f"the models differ in their outputs: {', '.join(names)} and {', '.join(other)}")
+    other_width = _resized(reference, candidate)
+    names = [name for name in names if name not in other_width] or names
     sums = FidelityAccumulator()
     kept = (Collector(len(dataset)), Collector(len(dataset)))
     done = 0
@@ -97,6 +99,7 @@ def compare(
                     f"output '{name}' of the candidate has shape {list(after[name].shape)}, that of the reference "
                     f"{list(before[name].shape)}"
                 )
+        before, after = ({name: entry[name] for name in names} for entry in (before, after))
         sums.update(before, after)
         if metric is not None:
             kept[0].add(before, size)
@@ -105,6 +108,24 @@ def compare(
         if progress is not None:
             progress("validate", min(done, len(dataset)), len(dataset))
     return Accuracy(sums.result(), None if metric is None else _measured(metric, kept, dataset))
+
+
+def _resized(reference: Any, candidate: Any) -> set[str]:
+    """Outputs that were given another size together with an input, such as a cache: they cannot be compared."""
+    shapes: list[dict[str, Any]] = [
+        {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
+        for session in (reference, candidate)
+    ]
+    differ = {
+        name
+        for name in shapes[0].keys() & shapes[1].keys()
+        if any(
+            isinstance(a, int) and isinstance(b, int) and a != b
+            for a, b in zip(shapes[0][name], shapes[1][name], strict=False)
+        )
+    }
+    inputs = {value.name for value in reference.get_inputs()}
+    return differ - inputs if differ & inputs else set()
 
 
 def _measured(metric: Metric, kept: tuple[Collector, Collector], dataset: Dataset) -> MetricResult:
@@ -240,7 +261,8 @@ def _bound(session: Any, feeds: Mapping[str, Array], runtime: Runtime) -> Any:
     """A call that runs the session once, with inputs on the device and outputs left there."""
     ort = onnxruntime()
     binding = session.io_binding()
-    for name, value in feeds.items():
+    shapes = {value.name: tuple(value.shape) for value in session.get_inputs()}
+    for name, value in fit_empty(feeds, shapes).items():
         binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value, runtime.provider, 0))
     for output in session.get_outputs():
         binding.bind_output(output.name, runtime.provider)

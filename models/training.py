@@ -1,4 +1,4 @@
-"""What the four training scripts share: seeds, the digits and their split, export, the manifest's facts."""
+"""What the training scripts share: seeds, the digits and their split, export, the manifest's facts."""
 
 import hashlib
 from collections.abc import Iterator

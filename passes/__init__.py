@@ -8,6 +8,7 @@ from lowrank_onnx.passes.feedforward import Feedforward
 from lowrank_onnx.passes.grouped_embedding import GroupedEmbedding
 from lowrank_onnx.passes.heads import Heads
 from lowrank_onnx.passes.nmf import NMF
+from lowrank_onnx.passes.nystrom import Nystrom
 from lowrank_onnx.passes.recurrent_cell import RecurrentCell
 from lowrank_onnx.passes.recurrent_input import RecurrentInput
 from lowrank_onnx.passes.recurrent_stored import RecurrentStored
@@ -35,6 +36,7 @@ PASSES: tuple[type[Pass], ...] = (
     GroupedEmbedding,
     Tied,
     NMF,
+    Nystrom,
 )
 
 __all__ = ["PASSES"]

@@ -3,7 +3,9 @@
     scores = (x Q_h + q_h)(x' K_h + k_h)ᵀ   becomes   (x Q_h A_h + q_h A_h)(x' K_h B_h + k_h B_h)ᵀ
     y = Σ_h P_h (x' V_h + v_h) O_h + o      becomes   Σ_h P_h (x' V_h B_h + v_h B_h) O'_h + o'
 
-with A_h, B_h (d, r) in every head h, P_h the attention. The scores keep the best rank-r product on the data;
+with A_h, B_h (d, r) in every head h, P_h the attention; heads that share keys or values share A_h and B_h. Where
+positions are turned into queries and keys, both keep some of the pairs that are turned together; elsewhere the
+scores keep the best rank-r product on the data;
 the output layer is refitted on what the narrower values deliver.
 """
 
@@ -17,7 +19,7 @@ import numpy as np
 
 from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish, Replacement, Site
 from lowrank_onnx.chains import linear_chain, store
-from lowrank_onnx.decompositions.heads import block_diagonal, score_bases, score_error, value_factors
+from lowrank_onnx.decompositions.heads import best_pairs, block_diagonal, score_bases, score_error, value_factors
 from lowrank_onnx.head_chains import narrowed, query_gain
 from lowrank_onnx.kept import Kept
 from lowrank_onnx.linalg import Array, regression, with_ridge
@@ -28,8 +30,9 @@ class Scores:
     """The analysis of query and key, per head.
 
     Attributes:
-        queries, keys: (H, d, d) moments of both; those of the keys centred.
-        mixed_q, mixed_k: (H, d, d) mixings, nested.
+        queries, keys: (G, d, d) moments of both; those of the keys centred, those of queries of one key added up.
+        mixed_q, mixed_k: (G, d, d) mixings, nested; empty where pairs are chosen.
+        pairs: (d / 2,) the pairs that are turned together, the best first; None where columns may be mixed.
         seen: Whether data were seen.
     """
 
@@ -37,7 +40,16 @@ class Scores:
     keys: Array
     mixed_q: Array
     mixed_k: Array
+    pairs: Array | None
     seen: bool
+
+    def mixings(self, rank: int) -> tuple[Array, Array]:
+        """(G, d, r) of queries and keys."""
+        if self.pairs is None:
+            return self.mixed_q[:, :, :rank], self.mixed_k[:, :, :rank]
+        groups, width, _ = self.queries.shape
+        chosen = np.eye(width)[:, chosen_columns(self.pairs, rank)]
+        return (np.broadcast_to(chosen, (groups, width, rank)),) * 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +90,8 @@ class Heads(Pass):
 
     def refuse(self, site: Site) -> str | None:
         """See Pass.refuse."""
+        if site.attributes["refusal"]:
+            return str(site.attributes["refusal"])
         empty = [part.name for part in site.attributes["parts"] if not part.weight.any()]
         return f"weight of '{empty[0]}' is all zeros" if empty else None
 
@@ -89,44 +103,51 @@ class Heads(Pass):
 
     def _scores(self, site: Site, moments: Mapping[str, Moments] | None) -> Scores:
         query, key = site.attributes["parts"]
-        heads = site.attributes["heads"]
+        groups, width = site.attributes["groups"], site.attributes["width"]
+        turned = bool(site.attributes["tables"])
         plain: list[Array] = []
         ridged: list[Array] = []
-        for part, centred in ((query, False), (key, True)):
+        for part, centred in ((query, False), (key, not turned)):  # a turned mean is another one at every position
             weight = part.weight.astype(np.float64)
             entry = _entry(part, moments)
             mean = np.zeros(weight.shape[1]) if centred else entry.mean @ weight + _bias(part)
             covariance = entry.gram - np.outer(entry.mean, entry.mean)
             for found, metric in ((plain, covariance), (ridged, with_ridge(covariance, self.ridge))):
-                found.append(_blocks(weight.T @ metric @ weight + np.outer(mean, mean), heads))
+                blocks = _blocks(weight.T @ metric @ weight + np.outer(mean, mean), width)
+                found.append(blocks.reshape(groups, -1, width, width).sum(axis=1))
+        if turned:
+            none = np.empty((groups, width, 0))
+            return Scores(plain[0], plain[1], none, none, best_pairs(plain[0], plain[1]), moments is not None)
         mixed_q, mixed_k, _ = score_bases(*ridged)
-        return Scores(plain[0], plain[1], mixed_q, mixed_k, moments is not None)
+        return Scores(plain[0], plain[1], mixed_q, mixed_k, None, moments is not None)
 
     def ranks(self, site: Site, analysis: Scores | Values) -> Sequence[tuple[int, ...]]:
         """See Pass.ranks."""
         width = site.attributes["width"]
         step = self.multiple or (8 if width >= 64 else 4 if width >= 16 else 2 if width >= 8 else 1)
+        step = max(step, 2) if site.attributes["tables"] else step  # whole pairs
         return [(rank,) for rank in range(step, width, step)]
 
     def candidate(self, site: Site, analysis: Scores | Values, ranks: tuple[int, ...]) -> Candidate:
         """See Pass.candidate."""
         (rank,) = ranks
-        width, heads = site.attributes["width"], site.attributes["heads"]
+        width = site.attributes["width"]
         first, last = site.attributes["parts"]
         # Stored biases shrink with the layers; counted when it is finished.
         biases = [part for part in (first, last) if part.uses[0].bias is not None]
         shrinking = biases if isinstance(analysis, Scores) else [part for part in biases if part is first]
         new = last.weight.shape[1] if isinstance(analysis, Values) and last not in biases else 0
         if isinstance(analysis, Scores):
-            mixed = analysis.mixed_q[:, :, :rank], analysis.mixed_k[:, :, :rank]
-            error = score_error(analysis.queries, analysis.keys, *mixed)
+            error = score_error(analysis.queries, analysis.keys, *analysis.mixings(rank))
         else:
             error = _value_error(site, analysis, *self._reduced(site, analysis, rank))
         return Candidate(
             site=site.name,
             technique=self.name,
             ranks=ranks,
-            parameters=site.parameters // width * rank + new - sum(heads * (width - rank) for _ in shrinking),
+            parameters=site.parameters // width * rank
+            + new
+            - sum(part.weight.shape[1] // width * (width - rank) for part in shrinking),
             macs=None if site.macs is None else site.macs // width * rank,
             nodes=0,
             weight_error=None if analysis.seen else error,
@@ -135,13 +156,13 @@ class Heads(Pass):
 
     def _reduced(self, site: Site, analysis: Values, rank: int) -> tuple[Array, Array]:
         weight = site.weight.astype(np.float64)
-        return value_factors(analysis.gram, weight, site.attributes["heads"], rank, self.ridge)
+        return value_factors(analysis.gram, weight, site.attributes["groups"], rank, self.ridge, _shared(site))
 
     def factorize(self, site: Site, analysis: Scores | Values, candidate: Candidate) -> Factors:
         """See Pass.factorize."""
         (rank,) = candidate.ranks
         if isinstance(analysis, Scores):
-            mixed_q, mixed_k = analysis.mixed_q[:, :, :rank], analysis.mixed_k[:, :, :rank]
+            mixed_q, mixed_k = analysis.mixings(rank)
             return {"query": store(mixed_q, site), "key": store(mixed_k, site)}
         mixing, out = self._reduced(site, analysis, rank)
         return {
@@ -159,7 +180,10 @@ class Heads(Pass):
             return [narrowed(site, rank, [_mixed(_value(site, factors), factors["value"]), out])]
         gain = query_gain(site, rank)
         query, key = (_refitted(site, place, factors) for place in (0, 1))
-        return [narrowed(site, rank, [_mixed(query, factors["query"] * gain), _mixed(key, factors["key"])])]
+        mixed = np.repeat(factors["query"] * gain, _shared(site), axis=0)
+        # Both keep the same columns of the tables.
+        columns = np.flatnonzero(factors["query"][0].any(axis=1)) if site.attributes["tables"] else None
+        return [narrowed(site, rank, [_mixed(query, mixed), _mixed(key, factors["key"])], columns)]
 
     def targets(self, site: Site) -> tuple[Site, ...]:
         """See Pass.targets."""
@@ -203,7 +227,7 @@ class Heads(Pass):
 
     def delivered(self, factors: Factors, rows: Array) -> Array:
         """See Pass.delivered."""
-        return np.asarray(rows @ block_diagonal(factors["value"])) if "out" in factors else rows
+        return np.asarray(rows @ _spread(factors["value"], rows.shape[1])) if "out" in factors else rows
 
     def after_refit(self, site: Site, candidate: Candidate, error: float) -> float:
         """See Pass.after_refit; what the narrower scores lose comes on top."""
@@ -222,6 +246,8 @@ class Heads(Pass):
     def check_ranks(self, site: Site, ranks: tuple[int, ...]) -> str | None:
         """See Pass.check_ranks."""
         full = site.attributes["width"]
+        if site.attributes["tables"] and len(ranks) == 1 and ranks[0] % 2:
+            return f"columns are turned in pairs: expected an even width, got {ranks[0]}"
         return None if len(ranks) == 1 and 1 <= ranks[0] <= full else f"expected one width of a head from 1 to {full}"
 
     def dense_equivalent(self, site: Site, candidate: Candidate, factors: Factors) -> Mapping[str, Dense]:
@@ -231,11 +257,11 @@ class Heads(Pass):
         """
         _, last = site.attributes["parts"]
         if "out" in factors:
-            weight = block_diagonal(factors["value"].astype(np.float64)) @ factors["out"]
+            weight = _spread(factors["value"].astype(np.float64), len(site.weight)) @ factors["out"]
             return {last.name: Dense(weight, {last.uses[0].node: factors["bias"]})}
         inner = factors["query"].astype(np.float64) @ np.swapaxes(factors["key"], 1, 2)
         first = _refitted(site, 0, factors)
-        weight, bias = _applied(first, inner)
+        weight, bias = _applied(first, np.repeat(inner, _shared(site), axis=0))
         return {first.name: Dense(weight, {} if bias is None else {first.uses[0].node: bias})}
 
 
@@ -248,8 +274,8 @@ def _values(site: Site, moments: Mapping[str, Moments] | None) -> Values:
         gram = whole - np.outer(mean, mean)
     else:
         # Inputs without mean and of unit variance, and attention that passes them on.
-        columns = value.weight.astype(np.float64)
-        gram, mean = columns.T @ columns, _bias(value)
+        columns = _repeated(value.weight.astype(np.float64), site)
+        gram, mean = columns.T @ columns, _repeated(_bias(value), site)
         whole = gram + np.outer(mean, mean)
     return Values(gram, mean, float(np.einsum("fn,fn->", weight, whole @ weight)), moments is not None)
 
@@ -262,21 +288,43 @@ def _entry(part: Site, moments: Mapping[str, Moments] | None) -> Moments:
     return Moments(1, np.zeros(inputs), np.eye(inputs))
 
 
-def _blocks(gram: Array, heads: int) -> Array:
+def chosen_columns(pairs: Array, rank: int) -> Array:
+    """The columns (r,) of the best r / 2 pairs, first halves and then second ones, rising."""
+    first = np.sort(pairs[: rank // 2])
+    return np.concatenate([first, first + len(pairs)])
+
+
+def _shared(site: Site) -> int:
+    """Heads of the queries that one head of the keys or values serves."""
+    return int(site.attributes["heads"] // site.attributes["groups"])
+
+
+def _repeated(columns: Array, site: Site) -> Array:
+    """The columns (..., G·d) of the values, as often as their heads are read: (..., H·d)."""
+    split = columns.reshape(*columns.shape[:-1], site.attributes["groups"], -1)
+    return np.repeat(split, _shared(site), axis=-2).reshape(*columns.shape[:-1], -1)
+
+
+def _spread(mixing: Array, width: int) -> Array:
+    """The mixing (G, d, r) of the values as that of what all heads deliver, (H·d, H·r); ``width`` is H·d."""
+    shared = width // (mixing.shape[0] * mixing.shape[1])
+    return block_diagonal(np.repeat(mixing, shared, axis=0))
+
+
+def _blocks(gram: Array, width: int) -> Array:
     """(H, d, d) blocks on the diagonal of a matrix (H·d, H·d)."""
-    width = len(gram) // heads
     return np.stack([gram[at : at + width, at : at + width] for at in range(0, len(gram), width)])
 
 
 def _value_error(site: Site, analysis: Values, mixing: Array, out: Array) -> float:
-    lost = site.weight.astype(np.float64) - block_diagonal(mixing) @ out
+    lost = site.weight.astype(np.float64) - _spread(mixing, len(site.weight)) @ out
     error = float(np.einsum("fn,fn->", lost, analysis.gram @ lost))
     return float(np.sqrt(max(error, 0.0) / analysis.energy)) if analysis.energy > 0 else 0.0
 
 
 def _out_bias(site: Site, mean: Array, mixing: Array, out: Array) -> Array:
     """The bias of the output layer, with the mean of what is lost."""
-    lost = site.weight.astype(np.float64) - block_diagonal(mixing) @ out
+    lost = site.weight.astype(np.float64) - _spread(mixing, len(site.weight)) @ out
     return np.asarray(_bias(site.attributes["parts"][1]) + mean @ lost)
 
 
@@ -291,7 +339,8 @@ def _refitted(site: Site, place: int, factors: Factors) -> Site:
     part: Site = site.attributes["parts"][place]
     if "both" not in factors:
         return part
-    half = slice(0, len(factors["both"][0]) // 2) if place == 0 else slice(len(factors["both"][0]) // 2, None)
+    border = site.attributes["parts"][0].weight.shape[1]
+    half = slice(0, border) if place == 0 else slice(border, None)
     use = part.uses[0]
     bias = factors["bias"][half] if "bias" in factors else use.bias
     return dataclasses.replace(part, weight=factors["both"][:, half], uses=(dataclasses.replace(use, bias=bias),))

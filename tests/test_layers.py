@@ -24,7 +24,7 @@ ORDER = """
     shapes quantized
     sites.weights
     sites
-    cost batches feeds chains patches lookups recurrent_statistics
+    cost batches feeds chains patches lookups recurrent_statistics attention_statistics
     conv_chains head_chains recurrent_chains
     statistics stream rewrite kept
     allocation target plans

@@ -53,7 +53,7 @@ def samples(data: dict[str, Array]) -> set[bytes]:
 def test_the_manifest_names_every_model_folder() -> None:
     folders = {path.parent.name for path in FOLDER.glob("*/model.onnx")}
     assert [model["name"] for model in MODELS] == sorted(folders)
-    assert len(folders) == 4
+    assert len(folders) == 5
 
 
 def test_everything_together_stays_small() -> None:

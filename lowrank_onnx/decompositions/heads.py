@@ -56,7 +56,26 @@ def score_error(queries: Array, keys: Array, mixed_q: Array, mixed_k: Array) -> 
     return float(np.sqrt(max(error, 0.0) / total)) if total > 0 else 0.0
 
 
-def value_factors(gram: Array, weight: Array, heads: int, rank: int, ridge: float) -> tuple[Array, Array]:
+def best_pairs(queries: Array, keys: Array) -> Array:
+    """The pairs (d / 2,) of columns (i, i + d / 2) that rotary positions turn together, by what the scores owe them.
+
+    Args:
+        queries, keys: (H, d, d) moments; all heads turn the same pairs.
+
+    Returns:
+        Numbers of the pairs, the best first: by the sum over heads of ``E|q_i|² E|k_i|²``.
+
+    Source: MoDeGPT, ICLR 2025, arXiv:2408.09632, type II, by whole pairs.
+    """
+    heads, width, _ = queries.shape
+    energy = [np.diagonal(moment, axis1=1, axis2=2).reshape(heads, 2, width // 2).sum(axis=1)
+              for moment in (queries, keys)]  # fmt: skip
+    return np.argsort(-(energy[0] * energy[1]).sum(axis=0), kind="stable")
+
+
+def value_factors(
+    gram: Array, weight: Array, heads: int, rank: int, ridge: float, shared: int = 1
+) -> tuple[Array, Array]:
     """Return the mixing of the values and the output weight that reads fewer of them.
 
     What a head delivers is a mean of values with weights that sum to one, so that mixing the columns of the
@@ -67,35 +86,39 @@ def value_factors(gram: Array, weight: Array, heads: int, rank: int, ridge: floa
     Args:
         gram: (H·d, H·d) of c, centred or not.
         weight: (H·d, N) of the output layer.
-        heads: H.
+        heads: Those of the values.
         rank: r, at most d.
         ridge: Of the refits, in units of the mean diagonal of gram; they are pulled to ``weight``.
+        shared: How many heads of the queries one of the values serves; H is the product.
 
     Returns:
-        B (H, d, r), and W' (H·r, N).
+        B (heads, d, r), and W' (H·r, N).
 
     Source: reduced-rank regression (Izenman 1975) by blocks.
     """
-    width = len(gram) // heads
+    width = len(gram) // (heads * shared)
     weight = np.asarray(weight, np.float64)
     penalty = max(ridge, _FLOOR) * float(np.trace(gram)) / len(gram) or 1.0
     metric = gram + penalty * np.eye(len(gram))
-    places = [slice(head * width, (head + 1) * width) for head in range(heads)]
-    roots = [scipy.linalg.cholesky(metric[place, place], lower=True) for place in places]
+    places = [slice(head * width, (head + 1) * width) for head in range(heads * shared)]
     mixing = np.empty((heads, width, rank))
     made = weight.copy()
     lost = np.zeros_like(weight)  # metric @ (weight - made)
     for _ in range(_SWEEPS if rank < width else 1):
-        for head, (place, root) in enumerate(zip(places, roots, strict=True)):
-            wanted = lost[place] + metric[place, place] @ made[place]  # (d, N) cross moment with what is left
-            whitened = scipy.linalg.solve_triangular(root, wanted, lower=True)
+        for head in range(heads):
+            served = places[head * shared : (head + 1) * shared]
+            root = scipy.linalg.cholesky(sum(metric[place, place] for place in served) / shared, lower=True)
+            # (d, shared·N) cross moment with what is left, of all that share the head
+            wanted = [lost[place] + metric[place, place] @ made[place] for place in served]
+            whitened = scipy.linalg.solve_triangular(root, np.concatenate(wanted, axis=1), lower=True)
             _, vectors = scipy.linalg.eigh(whitened @ whitened.T)
             leading = vectors[:, ::-1][:, :rank]
-            mixing[head] = scipy.linalg.solve_triangular(root, leading, lower=True, trans="T")
-            best = mixing[head] @ (leading.T @ whitened)
-            lost += metric[:, place] @ (made[place] - best)
-            made[place] = best
-    spread = block_diagonal(mixing)
+            mixed = mixing[head] = scipy.linalg.solve_triangular(root, leading, lower=True, trans="T")
+            for place, cross in zip(served, wanted, strict=True):
+                best = mixed @ np.linalg.solve(mixed.T @ metric[place, place] @ mixed, mixed.T @ cross)
+                lost += metric[:, place] @ (made[place] - best)
+                made[place] = best
+    spread = block_diagonal(np.repeat(mixing, shared, axis=0))
     inner = spread.T @ metric @ spread
     start = scipy.linalg.solve(inner, spread.T @ metric @ weight, assume_a="pos")
     return mixing, np.asarray(start)

@@ -10,8 +10,10 @@ from lowrank_onnx.sites import attention, convolution, embedding, feedforward, l
 _FINDERS = (linear.find, convolution.find, embedding.find, recurrent.find)
 
 
-def find_sites(model: Model, shapes: Shapes) -> list[Site]:
+def find_sites(model: Model, shapes: Shapes, allow_io_change: bool = False, matrices: bool = False) -> list[Site]:
     """Return every site of the model, in the order of its nodes; compound ones beside the single ones.
+
+    With ``matrices`` also what lies between the heads of attention blocks, which holds no weight.
 
     Raises:
         ModelError: A weight holds NaN or Inf.
@@ -19,6 +21,8 @@ def find_sites(model: Model, shapes: Shapes) -> list[Site]:
     order = {node.name: place for place, node in enumerate(n for scope in model.scopes for n in scope.graph.node)}
     found = [site for finder in _FINDERS for site in finder(model, shapes)]
     found.sort(key=lambda site: order[site.uses[0].node])
-    found += shared_input.find(found) + feedforward.find(model, found) + attention.find(model, shapes, found)
-    found += tied.find(model, found)
+    found += shared_input.find(found) + feedforward.find(model, found)
+    found += attention.find(model, shapes, [site for site in found if not site.parts], allow_io_change)
+    found += attention.find_matrices(model, shapes) if matrices else []
+    found += tied.find(model, [site for site in found if not site.parts])
     return sorted(found, key=lambda site: order[site.uses[0].node])

@@ -8,35 +8,41 @@ no other place than these weights, the shapes that split and join the heads, and
 The weight is that of the query (K, H · d) or of the output (H · d, N).
 
 Attributes of a site:
-    half: ``scores`` or ``values``.
+    half: ``scores`` or ``values``; ``matrix`` is what lies between them, without a layer (see ``_Look.matrix``).
     parts: The single sites, (query, key) or (value, output).
-    heads: H.
+    heads: H, of the queries.
+    groups: Heads of the keys, or of the values; each serves H / groups heads of the queries.
     width: d, of one head.
     resizes: Reshapes whose target holds a width that changes.
     scales: Constant factors between the projections and the softmax; of ``scores`` only.
     usual: Whether the scale is ``1 / sqrt(d)``, written down or understood.
     between: Tensors that stay and change their shape.
     region: Names of the tensors that go in, and of the one that comes out behind the last node that changes.
+    tables: Products with the cosines and sines of rotary positions: their columns are chosen, never mixed.
+    caches: Inputs and outputs of the model that hold keys or values and change their width with the heads.
+    refusal: Why the half has to stay as it is; empty if it need not.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from onnx import NodeProto
 
-from lowrank_onnx.base import Site
+from lowrank_onnx.base import Site, Use
 from lowrank_onnx.model import Model, Scope
 from lowrank_onnx.shapes import Shapes, shape_of
 from lowrank_onnx.sites.shared_input import is_plain
 from lowrank_onnx.sites.weights import attribute, attribute_list
+from lowrank_onnx.sites.widths import Widths
 
 _PASSES_ON = frozenset(["Identity", "Cast", "Dropout"])
 # What may stand between the scores and the softmax: it never sees a head's width.
 _POINTWISE = _PASSES_ON | {"Add", "Sub", "Mul", "Div", "Where", "Max", "Min", "Clip"}
+_FUSED = frozenset(["Attention", "MultiHeadAttention", "GroupQueryAttention"])
 _SPLIT = (0, 2, 1, 3)  # (batch, position, head, width) -> (batch, head, position, width)
 _SPLIT_TURNED = (0, 2, 3, 1)
 _AS_USUAL = 1e-3
@@ -44,13 +50,13 @@ _AS_USUAL = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Resize:
-    """A Reshape whose target names a width.
+    """A Reshape, or Expand, whose target names a width.
 
     Attributes:
         node, input, output: Its name and tensors.
         allowzero: Its attribute.
         pieces: What its target is put together from: numbers, or names of tensors.
-        piece, entry: Where among them the width stands.
+        piece, entry: Where among them the width stands; piece -1: nowhere.
         unit: What one column of every head adds to that number: 1, or all heads.
     """
 
@@ -62,6 +68,7 @@ class Resize:
     piece: int
     entry: int
     unit: int
+    op: str = "Reshape"
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +94,34 @@ class Scale:
 
 
 @dataclass(frozen=True, eq=False)
+class Table:
+    """A product with the cosines or sines of rotary positions, columns (i, i + d / 2) turned together.
+
+    Attributes:
+        node, input, output: Its name, what is turned, and what comes out.
+        table: The tensor with the cosines or sines, d columns.
+    """
+
+    node: str
+    input: str
+    output: str
+    table: str
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """An input of the model with past keys or values, or the output with the longer past: axis of the width."""
+
+    name: str
+    axis: int
+
+
+@dataclass(frozen=True, eq=False)
 class _Branch:
-    """The way from a linear layer to its heads."""
+    """The way from a linear layer to its heads.
+
+    ``shared``: heads of the queries that each of them serves; ``computed``: factors that are no constants.
+    """
 
     site: Site
     heads: int
@@ -96,21 +129,99 @@ class _Branch:
     resizes: tuple[Resize, ...]
     scales: tuple[Scale, ...]
     between: tuple[str, ...]
+    shared: int = 1
+    tables: tuple[Table, ...] = ()
+    caches: tuple[Cache, ...] = ()
+    computed: tuple[str, ...] = ()
+    axes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
-def find(model: Model, shapes: Shapes, singles: Sequence[Site]) -> list[Site]:
-    """Return the halves of every attention block that is understood."""
-    made = {(site.uses[0].scope, site.uses[0].output): site for site in singles if is_plain(site)}
-    read = {(site.uses[0].scope, site.uses[0].input): site for site in singles if is_plain(site)}
+@dataclass
+class _Way:
+    """What was met so far on the way back from a product to a layer.
+
+    Attributes:
+        order: Where the axes have to end up.
+        turned: Where they end up from here.
+        axes: By tensor: its rank, and the axis of the width.
+        shared: Heads that one head was repeated for.
+    """
+
+    order: tuple[int, ...]
+    turned: tuple[int, ...] = (0, 1, 2, 3)
+    axes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    shared: int = 1
+    resizes: list[Resize] = field(default_factory=list)
+    scales: list[Scale] = field(default_factory=list)
+    computed: list[str] = field(default_factory=list)
+    between: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    caches: list[Cache] = field(default_factory=list)
+
+    def place(self, axis: int) -> int:
+        """Where batch, head, position or width (0 to 3) lies here."""
+        final = {0: 0, 1: 1, 2: 2, 3: 3} if self.order == _SPLIT else {0: 0, 1: 1, 2: 3, 3: 2}
+        return self.turned[final[axis]]
+
+    @property
+    def straight(self) -> bool:
+        """Whether the axes are batch, head, position, width here."""
+        return all(self.place(axis) == axis for axis in range(4))
+
+
+def find(model: Model, shapes: Shapes, singles: Sequence[Site], allow_io_change: bool = False) -> list[Site]:
+    """Return the halves of every attention block that is understood.
+
+    Args:
+        allow_io_change: Whether the width of a cache, which is an input of the model, may change.
+    """
+    return _found(model, shapes, singles, allow_io_change)[0]
+
+
+def find_matrices(model: Model, shapes: Shapes) -> list[Site]:
+    """Return what lies between the heads of every block that is spelled out: half ``matrix``."""
     sites = []
     for scope in model.scopes:
-        look = _Look(model, shapes, scope, made, read)
+        look = _Look(model, shapes, scope, {}, {}, False)
+        products = [node for node in scope.graph.node if node.op_type == "MatMul" and look.is_attention(node, "values")]
+        sites += [site for site in map(look.matrix, products) if site is not None]
+    return sites
+
+
+def left_alone(model: Model, shapes: Shapes, singles: Sequence[Site], allow_io_change: bool = False) -> list[str]:
+    """Tell of every half that is left alone, and why."""
+    sites, notes = _found(model, shapes, singles, allow_io_change)
+    held = [f"heads of '{site.name}' are left alone: {site.attributes['refusal']}" for site in sites]
+    return [
+        *notes,
+        *(
+            note
+            for note, site in zip(held, sites, strict=True)
+            if site.attributes["caches"] and site.attributes["refusal"]
+        ),
+    ]
+
+
+def _found(
+    model: Model, shapes: Shapes, singles: Sequence[Site], allow_io_change: bool
+) -> tuple[list[Site], list[str]]:
+    made = {(site.uses[0].scope, site.uses[0].output): site for site in singles if is_plain(site)}
+    read = {(site.uses[0].scope, site.uses[0].input): site for site in singles if is_plain(site)}
+    sites, notes = [], []
+    for scope in model.scopes:
+        look = _Look(model, shapes, scope, made, read, allow_io_change)
         for node in scope.graph.node:
             if node.op_type == "MatMul" and node.domain in ("", "ai.onnx"):
-                sites += [site for site in (look.scores(node), look.values(node)) if site is not None]
+                for half, found in (("queries and keys", look.scores(node)), ("values", look.values(node))):
+                    if found is not None:
+                        sites.append(found)
+                    elif look.is_attention(node, half):
+                        notes.append(f"{half} of '{node.name}' are left alone: not understood at {look.stuck}")
             elif fused_heads(node) is not None:
                 sites += look.fused(node)
-    return sites
+            elif node.op_type in _FUSED:
+                notes.append(f"heads of {node.op_type} '{node.name}' are left alone: {not_taken(node)}")
+    return sites, notes
 
 
 class _Look:
@@ -123,7 +234,11 @@ class _Look:
         scope: Scope,
         made: Mapping[tuple[str, str], Site],
         read: Mapping[tuple[str, str], Site],
+        allow_io_change: bool,
     ) -> None:
+        self.allow_io_change = allow_io_change
+        self.stuck = ""  # the node that was not understood last
+        self.inputs = {value.name for value in scope.graph.input} - set(scope.initializers)
         self.model, self.shapes, self.scope, self.made, self.read = model, shapes, scope, made, read
         self.outputs = {value.name for value in scope.graph.output}
 
@@ -141,6 +256,15 @@ class _Look:
                     queue.append(node.output[0])
         return False
 
+    def is_attention(self, product: NodeProto, half: str) -> bool:
+        """Whether a product of two tensors that depend on data goes into a softmax, or reads one."""
+        if any(self.model.constant(self.scope, name) is not None for name in product.input):
+            return False
+        if half != "values":
+            return self.before_softmax(product.output[0])
+        before = self.scope.producers.get(product.input[0])
+        return before is not None and before.op_type == "Softmax"
+
     def scores(self, product: NodeProto) -> Site | None:
         """The layers query and key of ``product = queries @ keysᵀ``."""
         query, key = (
@@ -148,9 +272,14 @@ class _Look:
         )
         if query is None or key is None or query.site is key.site:
             return None
-        if (query.heads, query.width) != (key.heads, key.width) or not self.before_softmax(product.output[0]):
+        if query.heads != key.heads * key.shared or query.width != key.width or query.caches or query.shared > 1:
+            return None
+        if not self.before_softmax(product.output[0]) or bool(query.tables) != bool(key.tables):
             return None
         behind = self.scales_behind(product.output[0])
+        computed = bool(query.computed or key.computed)
+        if computed and (query.scales or key.scales or behind or not self.is_usual(query, key)):
+            return None
         parts = (query.site, key.site)
         scales = (*query.scales, *key.scales, *behind)
         last = behind[-1].output if behind else product.output[0]
@@ -161,15 +290,45 @@ class _Look:
             _work(parts, shape_of(self.shapes, self.scope, product.output[0]), query.width),
             resizes=(*query.resizes, *key.resizes),
             scales=scales,
-            usual=_is_usual(scales, query.width),
+            usual=computed or _is_usual(scales, query.width),
             between=(*query.between, *key.between),
             region=((query.site.uses[0].input, key.site.uses[0].input), last),
+            groups=key.heads,
+            tables=(*query.tables, *key.tables),
+            caches=key.caches,
+            refusal=self.refusal(key.caches),
         )
+
+    def is_number(self, name: str) -> bool:
+        """Whether a tensor is computed from shapes alone, as far as can be told."""
+        node = self.scope.producers.get(name)
+        while node is not None and node.op_type in ("Cast", "Sqrt", "Div", "Reciprocal", "Identity"):
+            data = [entry for entry in node.input if self.model.constant(self.scope, entry) is None]
+            node = self.scope.producers.get(data[0]) if len(data) == 1 else None
+        return node is not None and node.op_type in ("Slice", "Gather")
+
+    def is_usual(self, query: _Branch, key: _Branch) -> bool:
+        """Whether the computed factors are ``1 / sqrt(width)`` together, whatever the width is."""
+        widths = Widths(self.model, self.scope, {**query.axes, **key.axes})
+        for tried in (query.width, query.width + 2, 2 * query.width):
+            factors = [widths.at(name, tried) for name in (*query.computed, *key.computed)]
+            if any(factor is None or factor.size != 1 for factor in factors):
+                return False
+            total = math.prod(float(factor[0]) for factor in factors if factor is not None)
+            if not abs(total * math.sqrt(tried) - 1) < _AS_USUAL:
+                return False
+        return True
+
+    def refusal(self, caches: Sequence[Cache]) -> str:
+        """Why caches hold a half back."""
+        if not caches or self.allow_io_change:
+            return ""
+        return f"input '{caches[0].name}' would change its width with the heads; allow it with --allow-io-change"
 
     def values(self, context: NodeProto) -> Site | None:
         """The layers value and output around ``context = attention @ values``, wherever the attention is from."""
         value = self.branch(context.input[1], _SPLIT)
-        if value is None or value.scales:
+        if value is None or value.scales or value.tables or value.computed:
             return None
         joined = self.joined(context.output[0], value)
         if joined is None:
@@ -188,12 +347,92 @@ class _Look:
             usual=False,
             between=(*value.between, *between),
             region=((value.site.uses[0].input, context.input[0]), out.uses[0].output),
+            groups=value.heads,
+            caches=value.caches,
+            refusal=self.refusal(value.caches),
         )
+
+    def matrix(self, context: NodeProto) -> Site | None:
+        """What lies between queries, keys and values and ``context``: scores, scale and softmax, no weight."""
+        before = self.scope.producers.get(context.input[0])
+        nodes, factor, masked = [context.name], 1.0, ""
+        name = context.input[0]
+        while before is not None and before.op_type != "MatMul":
+            alone = self.read_once(name)
+            if not alone or before.op_type not in _POINTWISE | {"Softmax"}:
+                return None
+            nodes.append(before.name)
+            scale = self.scale(before) if before.op_type in ("Mul", "Div") else None
+            factor *= 1.0 if scale is None else scale.factor
+            plain = before.op_type in _PASSES_ON or before.op_type == "Softmax" or scale is not None
+            masked = masked or ("" if plain else f"{before.op_type} '{before.name}'")
+            # Of a mask and the scores, the scores come from a product.
+            sources = [entry for entry in before.input if entry and self.model.constant(self.scope, entry) is None]
+            name = next((entry for entry in sources if self.is_scores(entry)), "")
+            before = self.scope.producers.get(name)
+        softmax = [entry for entry in nodes if self.op_of(entry) == "Softmax"]
+        if before is None or len(softmax) != 1:
+            return None
+        shapes = [shape_of(self.shapes, self.scope, entry) for entry in (*before.input, context.input[1])]
+        scores = shape_of(self.shapes, self.scope, before.output[0])
+        if not self.read_once(before.output[0]) or scores is None or len(scores) != 4 or None in shapes:
+            return None
+        query, _, value = (shape for shape in shapes if shape is not None)
+        if len(query) != 4 or len(value) != 4 or not self.before_softmax(before.output[0]):
+            return None
+        names = (*before.input, context.input[1])
+        use = Use(context.name, tuple(nodes[1:]), self.scope.path, names[0], context.output[0], context.output[0])
+        name = f"{before.name}~{context.name}"
+        return Site(
+            name=name,
+            kind="attention",
+            op="MatMul",
+            shape=scores,
+            weight=np.zeros((0, 0), np.float32),
+            uses=(use,),
+            parameters=0,
+            freed=0,
+            macs=math.prod(scores) * (query[-1] + value[-1]),
+            attributes={
+                "half": "matrix",
+                "nodes": (*nodes, before.name),
+                "scale": factor,
+                "masked": masked,
+                "scores": scores,
+                "lengths": (scores[2], scores[3]),
+                "widths": (query[-1], value[-1]),
+                "region": (names, context.output[0]),
+                "opset": self.model.opset,
+                "dtype": np.dtype(np.float32),
+                "caches": (),
+                "refusal": "it has no layers; the halves beside it do",
+                "parts": (),
+            },
+            parts=(name,),  # itself: it is no layer to list
+        )
+
+    def is_scores(self, name: str) -> bool:
+        """Whether a tensor is a product of two that depend on data, with nothing but elementwise nodes behind."""
+        node = self.scope.producers.get(name)
+        if node is None:
+            return False
+        if node.op_type == "MatMul":
+            return all(self.model.constant(self.scope, entry) is None for entry in node.input)
+        return node.op_type in _POINTWISE and any(self.is_scores(entry) for entry in node.input if entry)
+
+    def op_of(self, name: str) -> str:
+        """The operator of a node of this graph."""
+        return next(str(node.op_type) for node in self.scope.graph.node if node.name == name)
 
     def fused(self, node: NodeProto) -> list[Site]:
         """The halves around one node that holds the whole block but its layers."""
         heads = fused_heads(node) or 0
-        query, key, value = (self.source(name, heads) for name in node.input[:3])
+        groups = key_heads(node)
+        query = self.source(node.input[0], heads)
+        key, value = (self.source(name, groups) for name in node.input[1:3])
+        caches = self.held_in(node)
+        if caches is None:
+            return []
         shapes = [shape_of(self.shapes, self.scope, name) for name in node.input[:2]]
         lengths = [shape[-2] for shape in shapes if shape is not None and len(shape) > 2]
         scores = (shapes[0][0], heads, *lengths) if shapes[0] is not None and len(lengths) == 2 else None
@@ -212,9 +451,13 @@ class _Look:
                 usual=not given and not scales,
                 between=(*query.between, *key.between),
                 region=((query.site.uses[0].input, key.site.uses[0].input, node.input[2]), node.output[0]),
+                groups=groups,
+                caches=caches[0],
+                refusal=self.refusal(caches[0]),
             )
             found.append(site)
         flat = (self.scope.path, node.input[2]) in self.made
+        value = None if value is None else replace(value, shared=heads // groups)
         joined = None if value is None or value.scales else self.joined(node.output[0], value, flat)
         if value is None or joined is None or joined[0] is value.site:
             return found
@@ -229,8 +472,26 @@ class _Look:
             usual=False,
             between=(*value.between, *between),
             region=((value.site.uses[0].input, *node.input[:2]), last.uses[0].output),
+            groups=groups,
+            caches=caches[1],
+            refusal=self.refusal(caches[1]),
         )
         return [*found, site]
+
+    def held_in(self, node: NodeProto) -> tuple[tuple[Cache, ...], tuple[Cache, ...]] | None:
+        """The caches of keys and of values of a fused node; None where they are no input and output of the model."""
+        found: list[tuple[Cache, ...]] = []
+        for slot, place in ((4, 1), (5, 2)):
+            past = node.input[slot] if node.op_type == "Attention" and slot < len(node.input) else ""
+            present = node.output[place] if place < len(node.output) else ""
+            if bool(past) != bool(present):
+                return None
+            if past and (past not in self.inputs or not self.only(past, {node.name}) or present not in self.outputs):
+                return None
+            if present and any(entry.node.op_type != "Shape" for entry in self.scope.readers.get(present, ())):
+                return None
+            found.append((Cache(past, 3), Cache(present, 3)) if past else ())
+        return found[0], found[1]
 
     def source(self, name: str, heads: int) -> _Branch | None:
         """The layer whose output a fused node reads: as it is, or split into heads."""
@@ -245,52 +506,212 @@ class _Look:
 
     def branch(self, name: str, order: tuple[int, ...]) -> _Branch | None:
         """Go back from heads to the layer that makes them, if the axes end up in ``order``."""
-        turned: tuple[int, ...] = (0, 1, 2, 3)
-        scales: list[Scale] = []
-        between: list[str] = []
+        way = _Way(order)
+        met: set[str] = set()  # nodes that were understood
         while True:
             node = self.scope.producers.get(name)
-            if node is None or not self.read_once(name):
+            self.stuck = f"'{name}'" if node is None else f"{node.op_type} '{node.name}'"
+            if node is None:
                 return None
-            between.append(name)
+            way.axes[name] = (4, way.place(3))
+            if node.op_type == "Concat" and self.is_cache(node, way):
+                past, name = node.input
+                way.caches += [Cache(past, way.place(3)), Cache(node.output[0], way.place(3))]
+                way.axes[past] = (4, way.place(3))
+                if not self.only(node.output[0], met, stays=True) or not self.only(past, {node.name}):
+                    return None
+                met = {node.name}
+                way.between.append(node.output[0])
+                continue
+            if not self.only(name, met):
+                return None
+            met = {node.name}
+            way.between.append(name)
             if node.op_type == "Transpose":
                 permutation = attribute_list(node, "perm")
                 if len(permutation) != 4:
                     return None
-                turned = tuple(permutation[axis] for axis in turned)
+                way.turned = tuple(permutation[axis] for axis in way.turned)
             elif node.op_type in ("Mul", "Div"):
                 scale = self.scale(node)
-                if scale is None:
+                if scale is not None:
+                    way.scales.append(scale)
+                    name = scale.input
+                    continue
+                if node.op_type == "Div" or not self.is_number(node.input[1]):
                     return None
-                scales.append(scale)
-                name = scale.input
+                way.computed.append(node.input[1])
+            elif node.op_type == "Add":
+                turned = self.rotated(node, way)
+                if turned is None:
+                    return None
+                name, met = turned
+                continue
+            elif node.op_type == "Reshape" and (repeated := self.repeated(node, way)) is not None:
+                name, met = repeated
                 continue
             elif node.op_type == "Reshape":
-                return self.split(node, scales, between) if turned == order else None
+                return self.split(node, way) if way.turned == order else None
             elif node.op_type not in _PASSES_ON:
                 return None
             name = node.input[0]
 
-    def split(self, node: NodeProto, scales: Sequence[Scale], between: Sequence[str]) -> _Branch | None:
+    def is_cache(self, node: NodeProto, way: _Way) -> bool:
+        """Whether a Concat puts the past, an input of the model, in front along the positions."""
+        axis = int(attribute(node, "axis", 0)) % 4
+        return len(node.input) == 2 and axis == way.place(2) and node.input[0] in self.inputs
+
+    def only(self, name: str, known: set[str], stays: bool = False) -> bool:
+        """Whether nobody reads a tensor but known nodes, one at most where none is named, and those that ask its shape.
+
+        ``stays``: it may be an output of the model.
+        """
+        readers = [entry for entry in self.scope.readers.get(name, ()) if not self.asks(entry.node)]
+        here = all(entry.scope is self.scope for entry in readers)
+        others = {entry.node.name for entry in readers} - known
+        return here and (not others or (not known and len(readers) == 1)) and (stays or name not in self.outputs)
+
+    def asks(self, node: NodeProto) -> bool:
+        """Whether a node reads nothing of a tensor but its shape."""
+        if node.op_type == "Shape":
+            return True
+        readers = self.scope.readers.get(node.output[0], [])
+        turned = node.op_type == "Transpose" and node.output[0] not in self.outputs
+        return turned and bool(readers) and all(entry.node.op_type == "Shape" for entry in readers)
+
+    def repeated(self, node: NodeProto, way: _Way) -> tuple[str, set[str]] | None:
+        """Read (batch, group, 1, position, width) spread over heads and joined again; where it comes from."""
+        spread = self.scope.producers.get(node.input[0])
+        if spread is None or spread.op_type != "Expand" or not way.straight:
+            return None
+        inner = self.scope.producers.get(spread.input[0])
+        if inner is None or inner.op_type != "Unsqueeze" or not self.only(inner.output[0], {spread.name}):
+            return None
+        axes = attribute_list(inner, "axes") if self.model.opset < 13 else self.numbers(inner.input[1])
+        shapes = [shape_of(self.shapes, self.scope, name) for name in (spread.output[0], node.output[0])]
+        if axes != (2,) or not self.only(spread.output[0], {node.name}):
+            return None
+        if shapes[0] is None or shapes[1] is None or len(shapes[0]) != 5 or len(shapes[1]) != 4:
+            return None
+        batch, groups, shared, length, width = shapes[0]
+        if shapes[1] != (batch, groups * shared, length, width):
+            return None
+        way.axes |= {spread.output[0]: (5, 4), inner.output[0]: (5, 4), inner.input[0]: (4, 3)}
+        # Said without the width, or the batch and the positions, which may be open.
+        spelled = (((1, 1, shared, 1, 1), -1, spread), ((0, groups * shared, -1, width), 0, node))
+        way.resizes += [
+            Resize(entry.name, entry.input[0], entry.output[0], 0, (target,), piece, 3, 1, entry.op_type)
+            for target, piece, entry in spelled
+        ]
+        way.shared *= shared
+        way.between += [spread.output[0], inner.output[0]]
+        return inner.input[0], {inner.name}
+
+    def numbers(self, name: str) -> tuple[int, ...]:
+        """The whole numbers of a constant; none of anything else."""
+        stored = self.model.constant(self.scope, name)
+        return () if stored is None else tuple(int(entry) for entry in stored.value.reshape(-1))
+
+    def rotated(self, node: NodeProto, way: _Way) -> tuple[str, set[str]] | None:
+        """Read ``x * cos + concat(-x[half:], x[:half]) * sin``; where x comes from."""
+        products = [self.scope.producers.get(name) for name in node.input]
+        if way.tables or not way.straight or any(entry is None or entry.op_type != "Mul" for entry in products):
+            return None
+        pairs = [entry for entry in products if entry is not None]
+        for first, second in (pairs, reversed(pairs)):
+            for place in (0, 1):
+                half = self.scope.producers.get(second.input[place])
+                if half is None or half.op_type != "Concat" or len(half.input) != 2:
+                    continue
+                minus, front = (self.scope.producers.get(name) for name in half.input)
+                back = None if minus is None or minus.op_type != "Neg" else self.scope.producers.get(minus.input[0])
+                if minus is None or back is None or front is None or {back.op_type, front.op_type} != {"Slice"}:
+                    continue
+                x = back.input[0]
+                if front.input[0] != x or x not in first.input or int(attribute(half, "axis", 0)) % 4 != 3:
+                    continue
+                inner = [half.output[0], minus.output[0], back.output[0], front.output[0]]
+                alone = [second, half, minus, back, front, first]
+                if not all(self.only(entry.output[0], set()) for entry in alone):
+                    continue
+                way.axes[x] = (4, 3)
+                tables = (first.input[1 - list(first.input).index(x)], second.input[1 - place])
+                width = self.columns(tables[0])
+                if width is None or width != self.columns(tables[1]) or not self.halves(back, front, way, width):
+                    continue
+                way.tables = [
+                    Table(first.name, x, first.output[0], tables[0]),
+                    Table(second.name, half.output[0], second.output[0], tables[1]),
+                ]
+                way.between += [*inner, first.output[0], second.output[0]]
+                return x, {first.name, back.name, front.name}
+        return None
+
+    def halves(self, back: NodeProto, front: NodeProto, way: _Way, width: int) -> bool:
+        """Whether two Slices of the last axis are the second and the first half, whatever the width is."""
+        widths = Widths(self.model, self.scope, way.axes)
+        for tried in (width, width - 2, 2 * width):
+            parts = [[widths.at(name, tried) for name in node.input[1:]] for node in (back, front)]
+            if any(entry is None or len(entry) != 1 for part in parts for entry in part) or len(parts[0]) < 3:
+                return False
+            (start, end, *axes), (first, stop, *same) = ([float(entry[0]) for entry in part if entry is not None]
+                                                         for part in parts)  # fmt: skip
+            if axes[0] not in (3, -1) or same[0] not in (3, -1) or any(entry != 1 for entry in (*axes[1:], *same[1:])):
+                return False
+            if (start, first, stop) != (tried // 2, 0, tried // 2) or end < tried:
+                return False
+        return True
+
+    def columns(self, name: str) -> int | None:
+        """The size of the last axis of a table; None where that cannot be told."""
+        stored = self.model.constant(self.scope, name)
+        if stored is not None:
+            return int(stored.value.shape[-1]) if stored.value.ndim else 1
+        shape = shape_of(self.shapes, self.scope, name)
+        if shape is not None:
+            return shape[-1] if shape else 1
+        node = self.scope.producers.get(name)
+        if node is None or not node.input:
+            return None
+        first = self.columns(node.input[0])
+        if node.op_type == "Unsqueeze":
+            axes = attribute_list(node, "axes") if self.model.opset < 13 else self.numbers(node.input[1])
+            return 1 if -1 in axes else first  # a later axis than the last makes a column of 1 as well
+        if node.op_type in ("Cos", "Sin", "Cast", "Identity"):
+            return first
+        others = [self.columns(source) for source in node.input[1:]]
+        if node.op_type == "Mul" and first is not None and others[0] is not None:
+            return max(first, others[0])
+        if node.op_type == "Concat" and int(attribute(node, "axis", 0)) == -1 and None not in (first, *others):
+            return sum(entry for entry in (first, *others) if entry is not None)
+        return None
+
+    def split(self, node: NodeProto, way: _Way) -> _Branch | None:
         """Read the Reshape that splits a layer's output into heads."""
-        name, more = node.input[0], []
+        name, flat = node.input[0], []
         while (self.scope.path, name) not in self.made:
             before = self.scope.producers.get(name)
-            if before is None or before.op_type not in (*_PASSES_ON, "Mul", "Div") or not self.read_once(name):
+            if before is None or not self.only(name, set()):
                 return None
-            between = (*between, name)
+            way.between.append(name)
+            if self.is_flat(before):
+                flat.append(before)
+                name = before.input[0]
+                continue
+            if before.op_type not in (*_PASSES_ON, "Mul", "Div"):
+                return None
             if before.op_type in _PASSES_ON:
                 name = before.input[0]
                 continue
             scale = self.scale(before)
             if scale is None:
                 return None
-            more.append(scale)
+            way.scales.append(scale)
             name = scale.input
         site = self.made[(self.scope.path, name)]
         pieces = self.pieces(node.input[1])
         shape = shape_of(self.shapes, self.scope, node.output[0])
-        if not self.read_once(name) or pieces is None or site.uses[0].dynamic_bias:
+        if not self.only(name, set()) or pieces is None or site.uses[0].dynamic_bias:
             return None
         total = site.weight.shape[1]
         width, heads = _known(pieces, -1), _known(pieces, -2)
@@ -301,10 +722,48 @@ class _Look:
         if not heads or not width or heads * width != total or width < 2:
             return None
         resize = _resize(node, pieces, width, 1)
-        if resize is None:
+        more = [self.resize(entry, total, heads) for entry in flat]
+        if resize is None or None in more or any(self.columns(table.table) != width for table in way.tables):
             return None
-        inner = (*between, name, site.uses[0].raw_output)
-        return _Branch(site, heads, width, resize, (*scales, *more), inner)
+        inner = (*way.between, name, site.uses[0].raw_output)
+        return _Branch(
+            site,
+            heads,
+            width,
+            (*way.resizes, *resize, *(one for entry in more for one in entry or ())),
+            tuple(way.scales),
+            inner,
+            way.shared,
+            tuple(way.tables),
+            tuple(way.caches),
+            tuple(way.computed),
+            way.axes,
+        )
+
+    def is_flat(self, node: NodeProto) -> bool:
+        """Whether a Reshape leaves the last axis as it is: rows of a batch, or all rows."""
+        if node.op_type != "Reshape":
+            return False
+        shapes = [shape_of(self.shapes, self.scope, name) for name in (node.input[0], node.output[0])]
+        return bool(shapes[0] and shapes[1] and shapes[0][-1] == shapes[1][-1])
+
+    def resize(self, node: NodeProto, number: int, unit: int) -> tuple[Resize, ...] | None:
+        """How the target of a Reshape follows the width."""
+        pieces = self.pieces(node.input[1])
+        if pieces is None:
+            return None
+        shape = shape_of(self.shapes, self.scope, node.input[0])
+        if isinstance(pieces[-1], str) and shape is not None:
+            widths = Widths(self.model, self.scope, {node.input[0]: (len(shape), len(shape) - 1)})
+            asked = [(tried, widths.at(pieces[-1], tried)) for tried in (number, 2 * number)]
+            if all(found is not None and found[-1] == tried for tried, found in asked):
+                return ()
+            made = shape_of(self.shapes, self.scope, node.output[0])
+            entries = sum(1 if isinstance(piece, str) else len(piece) for piece in pieces)
+            if made is None or len(made) != entries or made[-1] != number:
+                return None
+            pieces = (*pieces[:-1], (number,))  # asked of another tensor, such as the input of the layer
+        return _resize(node, pieces, number, unit)
 
     def joined(
         self, name: str, value: _Branch, flat: bool = False
@@ -316,8 +775,10 @@ class _Look:
         while True:
             site = self.read.get((self.scope.path, name))
             if site is not None and resizes is not None:
-                fits = site.weight.shape[0] == value.heads * value.width and not site.uses[0].dynamic_bias
-                return (site, resizes, tuple(between)) if fits and self.read_once(name) else None
+                fits = (
+                    site.weight.shape[0] == value.heads * value.shared * value.width and not site.uses[0].dynamic_bias
+                )
+                return (site, resizes, tuple(between)) if fits and self.only(name, set()) else None
             node = self.reader(name)
             if node is None:
                 return None
@@ -327,10 +788,16 @@ class _Look:
                     return None
                 turned = tuple(turned[axis] for axis in permutation)
             elif node.op_type == "Reshape" and resizes is None and turned == _SPLIT and node.input[0] == name:
-                pieces = self.pieces(node.input[1])
-                resizes = None if pieces is None else _resize(node, pieces, value.heads * value.width, value.heads)
+                heads = value.heads * value.shared
+                resizes = self.resize(node, heads * value.width, heads)
                 if resizes is None:
                     return None
+            elif resizes is not None and self.is_flat(node) and node.input[0] == name:
+                heads = value.heads * value.shared
+                more = self.resize(node, heads * value.width, heads)
+                if more is None:
+                    return None
+                resizes = (*resizes, *more)
             elif node.op_type not in _PASSES_ON:
                 return None
             name = node.output[0]
@@ -377,8 +844,8 @@ class _Look:
         return len(self.scope.readers.get(name, ())) == 1 and name not in self.outputs
 
     def reader(self, name: str) -> NodeProto | None:
-        """The only node that reads a tensor."""
-        readers = self.scope.readers.get(name, [])
+        """The only node that reads a tensor, but for those that ask its shape."""
+        readers = [entry for entry in self.scope.readers.get(name, ()) if not self.asks(entry.node)]
         alone = len(readers) == 1 and readers[0].scope is self.scope and name not in self.outputs
         return readers[0].node if alone else None
 
@@ -386,18 +853,34 @@ class _Look:
 def fused_heads(node: NodeProto) -> int | None:
     """The number of heads of a node that holds a block but its layers; None for any other node.
 
-    Left alone: key and value with fewer heads, biases inside the node, key and value that come from outside,
+    Left alone: biases inside the node, key and value that come from outside, a past that MultiHeadAttention holds,
     anything bent between scores and softmax.
     """
     standard = node.op_type == "Attention" and node.domain in ("", "ai.onnx")
     if not standard and (node.op_type != "MultiHeadAttention" or node.domain != "com.microsoft"):
         return None
     heads = int(attribute(node, "q_num_heads" if standard else "num_heads", 0))
-    held = (4, 5, 6) if standard else (3, 6, 7, 8, 9)  # past, and lengths of it; the biases of the layers
-    unknown = any(node.input[slot] for slot in held if slot < len(node.input)) or any(node.output[1:])
+    held = (6,) if standard else (3, 6, 7, 8, 9)  # past, and lengths of it; the biases of the layers
+    unknown = any(node.input[slot] for slot in held if slot < len(node.input))
+    unknown = unknown or any(node.output[3:] if standard else node.output[1:])
     bent = attribute(node, "softcap", 0.0) != 0
-    fewer = standard and int(attribute(node, "kv_num_heads", 0)) != heads
+    fewer = heads < 1 or key_heads(node) < 1 or heads % key_heads(node)
     return None if heads < 1 or unknown or bent or fewer or len(node.input) < 3 or not all(node.input[:3]) else heads
+
+
+def key_heads(node: NodeProto) -> int:
+    """Heads of the keys and values of a fused node."""
+    standard = node.op_type == "Attention"
+    return int(attribute(node, "kv_num_heads" if standard else "num_heads", 0))
+
+
+def not_taken(node: NodeProto) -> str:
+    """Why ``fused_heads`` does not take a node that holds attention."""
+    if node.op_type == "GroupQueryAttention":
+        return "its kernel wants keys and values of one width"
+    if node.op_type == "Attention" and node.domain:
+        return "its weights could not be taken out of the node"
+    return "inputs split into heads outside, a past, biases or a bent score are not followed into the node"
 
 
 def _work(parts: Sequence[Site], scores: Sequence[int] | None, width: int) -> int | None:
@@ -449,6 +932,10 @@ def _half(
     usual: bool,
     between: tuple[str, ...],
     region: tuple[tuple[str, ...], str],
+    groups: int = 0,
+    tables: tuple[Table, ...] = (),
+    caches: tuple[Cache, ...] = (),
+    refusal: str = "",
 ) -> Site:
     main = parts[0] if half == "scores" else parts[1]
     return Site(
@@ -464,13 +951,17 @@ def _half(
         attributes={
             "half": half,
             "parts": parts,
-            "heads": branch.heads,
+            "heads": branch.heads * branch.shared,
+            "groups": groups or branch.heads,
             "width": branch.width,
             "resizes": resizes,
             "scales": scales,
             "usual": usual,
             "between": between,
             "region": region,
+            "tables": tables,
+            "caches": caches,
+            "refusal": refusal,
         },
         parts=tuple(part.name for part in parts),
     )

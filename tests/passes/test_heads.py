@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,10 +15,12 @@ from onnx import ModelProto
 import lowrank_onnx
 from lowrank_onnx.base import Moments, Replacement, Site
 from lowrank_onnx.decompositions.heads import block_diagonal
-from lowrank_onnx.errors import PlanError
+from lowrank_onnx.errors import PlanError, TargetError
+from lowrank_onnx.kept import dense_node
 from lowrank_onnx.passes.heads import Heads
-from lowrank_onnx.problem import Problem
+from lowrank_onnx.problem import Problem, pose
 from lowrank_onnx.rewrite import rewrite
+from lowrank_onnx.runtime import Runtime, open_session, run
 from tests.builders import Array, answers, build, correlated, difference, falling, moments, problem
 
 HEADS, WIDTH, MODEL = 4, 16, 64
@@ -242,3 +245,116 @@ def test_keys_from_elsewhere_are_not_refitted_with_the_queries() -> None:
     site = halves(problem(proto, data()))["scores"]
     assert Heads().targets(site) == ()
     assert difference(answers(narrow(proto, WIDTH), data())["y"], answers(proto, data())["y"]) < 1e-5
+
+
+# --- a decoder: rotary positions, grouped queries, a cache ---------------------------------------------
+
+STEPS = 32
+
+
+def decoder(models: Path, allow: bool = True) -> Problem:
+    folder = models / "char_decoder"
+    calibrate = {name: value[:64] for name, value in np.load(folder / "calibrate.npz").items()}
+    return pose(str(folder / "model.onnx"), Runtime("cpu", 1), calibrate=calibrate, allow_io_change=allow)
+
+
+def at_widths(posed: Problem, widths: Mapping[str, int]) -> ModelProto:
+    """A decoder with its halves at some widths."""
+    seen = moments(posed)
+    replacements: list[Replacement] = []
+    for half, site in halves(posed).items():
+        analysis = Heads().analyse(site, seen[site.name])
+        candidate = Heads().candidate(site, analysis, (widths[half],))
+        replacements += Heads().emit(site, candidate, Heads().factorize(site, analysis, candidate))
+    return rewrite(posed.model, replacements)
+
+
+def generated(proto: ModelProto, start: Array, cached: bool) -> tuple[Array, Array]:
+    """Tokens of greedy decoding and the scores they were chosen by, with the past handed on or read all over again."""
+    session = open_session(proto, Runtime("cpu", 1))
+    caches = {value.name: value.shape for value in session.get_inputs() if value.name.startswith("past")}
+    empty = {name: np.zeros((len(start), shape[1], 0, shape[3]), np.float32) for name, shape in caches.items()}
+    tokens, past, fed, scores = start, empty, start, []
+    for _ in range(STEPS):
+        got = run(session, {"tokens": fed, **past})
+        scores.append(got["logits"][:, -1])
+        tokens = np.concatenate([tokens, scores[-1].argmax(-1)[:, None]], axis=1)
+        if cached:
+            past, fed = {name: got[name.replace("past", "present")] for name in caches}, tokens[:, -1:]
+        else:
+            fed = tokens
+    return tokens, np.stack(scores)
+
+
+def test_a_decoder_is_understood(models: Path) -> None:
+    found = halves(decoder(models))
+    for half, name in (("scores", "key"), ("values", "value")):
+        told = found[half].attributes
+        assert (told["heads"], told["groups"], told["width"]) == (4, 2, 8)
+        assert [(cache.name, cache.axis) for cache in told["caches"]] == [(f"past_{name}", 3), (f"present_{name}", 3)]
+    assert len(found["scores"].attributes["tables"]) == 4
+
+
+def test_a_cache_holds_the_heads_back(models: Path) -> None:
+    for site in halves(decoder(models, allow=False)).values():
+        assert "--allow-io-change" in str(Heads().refuse(site))
+
+
+def test_a_decoder_at_full_width_gives_the_original_back(models: Path) -> None:
+    posed = decoder(models)
+    made = at_widths(posed, {"scores": 8, "values": 8})
+    start = np.load(models / "char_decoder" / "evaluate.npz")["tokens"][:8]
+    expected = generated(posed.model.proto, start, cached=True)
+    for cached in (True, False):
+        tokens, scores = generated(made, start, cached)
+        assert np.array_equal(tokens, expected[0])
+        assert difference(scores, expected[1]) < 1e-5
+
+
+@pytest.mark.parametrize("widths", [(6, 8), (8, 6), (4, 6)])
+def test_a_narrower_cache_holds_what_is_needed(models: Path, widths: tuple[int, int]) -> None:
+    posed = decoder(models)
+    made = at_widths(posed, dict(zip(("scores", "values"), widths, strict=True)))
+    onnx.checker.check_model(made, full_check=True)
+    shapes = {value.name: value.type.tensor_type.shape.dim[3].dim_value for value in made.graph.input[1:]}
+    assert tuple(shapes.values()) == widths
+    start = np.load(models / "char_decoder" / "evaluate.npz")["tokens"][:8]
+    with_cache, without = generated(made, start, True), generated(made, start, False)
+    assert np.array_equal(with_cache[0], without[0])
+    assert difference(with_cache[1], without[1]) < 1e-5
+
+
+@pytest.mark.parametrize("half", ["scores", "values"])
+def test_the_narrow_decoder_answers_as_the_dense_layer_says(models: Path, half: str) -> None:
+    posed = decoder(models)
+    site = halves(posed)[half]
+    analysis = Heads().analyse(site, moments(posed)[site.name])
+    candidate = Heads().candidate(site, analysis, (6,))
+    factors = Heads().factorize(site, analysis, candidate)
+    made = rewrite(posed.model, Heads().emit(site, candidate, factors))
+    ((name, dense),) = Heads().dense_equivalent(site, candidate, factors).items()
+    part = posed.by_name[name]
+    bias = dense.biases.get(part.uses[0].node)
+    same = rewrite(posed.model, [dense_node(part, part.uses[0], "dense", dense.weight, bias)])
+    assert posed.calibrate is not None
+    feeds = posed.calibrate.batch(range(8))
+    got, expected = (run(open_session(proto, Runtime("cpu", 1)), feeds)["logits"] for proto in (made, same))
+    assert difference(got, expected) < 1e-5
+
+
+def test_a_decoder_from_end_to_end(models: Path, tmp_path: Path) -> None:
+    folder = models / "char_decoder"
+    options: dict[str, Any] = {name: folder / f"{name}.npz" for name in ("calibrate", "evaluate")}
+    options["metric"] = "perplexity"
+    model = folder / "model.onnx"
+    with pytest.raises(TargetError, match="cannot be met"):
+        lowrank_onnx.compress(model, keep_macs=0.97, technique=["heads"], threads=1, cache=False, **options)
+    told = lowrank_onnx.compress(model, keep_macs=0.97, technique=["svd:multiple=1"], threads=1, **options)
+    assert sum("--allow-io-change" in text for text in told.report["warnings"]) == 2
+    made = lowrank_onnx.compress(
+        model, keep_macs=0.97, technique=["heads"], threads=1, cache=False, allow_io_change=True, **options
+    )
+    assert made.report["ratio"]["macs"] <= 0.97
+    assert any("past_" in text for text in made.report["warnings"])
+    applied = lowrank_onnx.apply(model, made.plan, calibrate=options["calibrate"], threads=1)
+    assert applied.model.SerializeToString(deterministic=True) == made.model.SerializeToString(deterministic=True)
