@@ -101,6 +101,7 @@ class Model:
         sha256: Digest of the model file.
         digest: Digest of the model file and of its external data.
         size_bytes: Model file and external data.
+        given: The model before attention in it was unpacked, which may run at another speed; None if none was.
     """
 
     proto: ModelProto
@@ -108,6 +109,12 @@ class Model:
     sha256: str
     digest: str
     size_bytes: int
+    given: ModelProto | None = None
+
+    @property
+    def original(self) -> ModelProto:
+        """What the user gave, to measure against."""
+        return self.proto if self.given is None else self.given
 
     @property
     def folder(self) -> Path | None:
@@ -204,7 +211,8 @@ def load(path: str | os.PathLike[str]) -> Model:
         with extra.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
         size_bytes += extra.stat().st_size
-    return Model(prepare(proto), file, sha256.hexdigest(), digest.hexdigest(), size_bytes)
+    prepared, given = prepare(proto)
+    return Model(prepared, file, sha256.hexdigest(), digest.hexdigest(), size_bytes, given)
 
 
 def from_proto(proto: ModelProto) -> Model:
@@ -222,18 +230,30 @@ def from_proto(proto: ModelProto) -> Model:
     copy = ModelProto()
     copy.CopyFrom(proto)
     digest = hashlib.sha256(content).hexdigest()
-    return Model(prepare(copy), None, digest, digest, len(content))
+    prepared, given = prepare(copy)
+    return Model(prepared, None, digest, digest, len(content), given)
 
 
-def prepare(proto: ModelProto) -> ModelProto:
-    """Inline functions and unpack attention that hold layers, give every node a name. Changes ``proto``."""
+def prepare(proto: ModelProto) -> tuple[ModelProto, ModelProto | None]:
+    """Inline functions and unpack attention that hold layers, give every node a name. Changes ``proto``.
+
+    Returns:
+        The prepared model, and a copy from before attention was unpacked, if it was.
+    """
+    given: list[ModelProto] = []
+
+    def remember() -> None:
+        if not given:
+            given.append(ModelProto())
+            given[0].CopyFrom(proto)
+
     if any(node.op_type in _WEIGHT_OPS for function in proto.functions for node in function.node):
         inlined = onnx.inliner.inline_local_functions(proto)
         # A function called twice would store its own constants twice.
         if parameter_count(inlined) <= parameter_count(proto):
             proto = inlined
-    unpack_attention(proto)
-    unpack_layers(proto)
+    unpack_attention(proto, remember)
+    unpack_layers(proto, remember)
     taken = {node.name for scope in index_scopes(proto) for node in scope.graph.node if node.name}
     seen: set[str] = set()
     for scope in index_scopes(proto):
@@ -245,7 +265,7 @@ def prepare(proto: ModelProto) -> ModelProto:
                     name, suffix = f"{stem}_{suffix}", suffix + 1
                 node.name = name
             seen.add(node.name)
-    return proto
+    return proto, given[0] if given else None
 
 
 def index_scopes(proto: ModelProto) -> list[Scope]:

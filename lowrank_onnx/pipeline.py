@@ -619,7 +619,7 @@ def benchmark(
     """Time models side by side; ratios are to the first."""
     runtime = Runtime(provider, threads)
     opened = [open_model(source) for source in models]
-    sessions = [open_session(entry.proto, runtime, entry.folder, what=f"model '{entry.path}'") for entry in opened]
+    sessions = [open_session(entry.original, runtime, entry.folder, what=f"model '{entry.path}'") for entry in opened]
     feeds = []
     for session in sessions:
         specs = input_specs(session)

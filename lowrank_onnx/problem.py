@@ -126,7 +126,7 @@ def pose(
     if seed < 0:
         raise LowRankError(f"--seed must not be negative, got {seed}")
     model = open_model(source)
-    session = open_session(model.proto, runtime, model.folder, what=f"model '{model.path or 'in memory'}'")
+    session = open_session(model.original, runtime, model.folder, what=f"model '{model.path or 'in memory'}'")
     specs = input_specs(session)
     chosen = resolve_metric(metric) if isinstance(metric, str) else metric
     data = {

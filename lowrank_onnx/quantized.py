@@ -30,7 +30,7 @@ def dynamic_int8(model: Model) -> ModelProto:
         with tempfile.TemporaryDirectory() as folder:
             # From a copy on disk: the classes change the model they are given.
             source, target = Path(folder) / "model.onnx", Path(folder) / "int8.onnx"
-            save(model.proto, source, model.folder)
+            save(model.original, source, model.folder)
             quantize_dynamic(source, target, weight_type=QuantType.QInt8)
             made = onnx.load(target)
     except Exception as error:  # it raises whatever its many helpers raise

@@ -61,7 +61,9 @@ def measure(problem: Problem, selection: Selection, progress: Progress | None, m
     held = None
     if memory:
         folder = problem.model.folder
-        old, new = session_rss_bytes([(problem.model.proto, folder), (selection.built.proto, folder)], problem.runtime)
+        old, new = session_rss_bytes(
+            [(problem.model.original, folder), (selection.built.proto, folder)], problem.runtime
+        )
         held = old, new
     return Measured(accuracy, timing, "evaluate" if problem.evaluate is not None else "calibrate", held)
 

@@ -10,7 +10,7 @@ where exporters pack the three layers into one and cut its output:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +20,13 @@ _KEPT = ("mask_filter_value", "num_heads", "scale", "unidirectional")
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 
 
-def unpack_attention(proto: ModelProto) -> None:
+def unpack_attention(proto: ModelProto, before: Callable[[], None]) -> None:
     """Unpack the nodes of the main graph whose weights are constants inside the file. Changes ``proto``.
 
     Nodes with a past, rotation, or biases that are computed stay as they are.
+
+    Args:
+        before: Called before every change, never if there is none.
     """
     graph = proto.graph
     if proto.ir_version < 4:  # that old a format lists every constant among the inputs
@@ -33,6 +36,7 @@ def unpack_attention(proto: ModelProto) -> None:
     packed: set[str] = set()
     for node in graph.node:
         if node.op_type == "Attention" and node.domain == "com.microsoft" and _understood(node, stored):
+            before()
             nodes += _unpacked(node, stored, proto)
             packed.update(node.input[1:3])
         else:
@@ -132,10 +136,13 @@ class _Packed:
     heads: tuple[str | np.ndarray, ...] = ()
 
 
-def unpack_layers(proto: ModelProto) -> None:
+def unpack_layers(proto: ModelProto, before: Callable[[], None]) -> None:
     """Cut packed layers of attention into three. Changes ``proto``.
 
     Only where the output is cut into three along its last axis, by constants, and a softmax follows.
+
+    Args:
+        before: Called before the first change, if there is any.
     """
     graph = proto.graph
     if proto.ir_version < 4:
@@ -144,6 +151,7 @@ def unpack_layers(proto: ModelProto) -> None:
     found = [packed for node in graph.node if (packed := look.packed(node)) is not None]
     if not found:
         return
+    before()
     gone: dict[int, list[NodeProto]] = {}
     for packed in found:
         old = [packed.layer, *([packed.add] if packed.add is not None else []), *packed.flat, *packed.cuts]

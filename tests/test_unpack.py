@@ -73,6 +73,13 @@ def test_a_constant_that_others_read_stays() -> None:
     assert "w" in {tensor.name for tensor in after.graph.initializer}
 
 
+def test_speed_is_measured_against_the_model_as_given() -> None:
+    model = from_proto(packed())
+    assert model.original.SerializeToString(deterministic=True) == packed().SerializeToString(deterministic=True)
+    plain = from_proto(build("g (float[n,4] x) => (float[n,4] y) { y = Tanh(x) }"))
+    assert plain.original is plain.proto
+
+
 def test_weights_that_come_from_outside_are_left_alone() -> None:
     text = """g (float[n,s,16] x, float[16,48] w, float[48] b) => (float[n,s,16] y) {
         y = com.microsoft.Attention<num_heads=4>(x, w, b) }"""
