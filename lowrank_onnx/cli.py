@@ -104,6 +104,17 @@ _cache = click.option(
 _labels = click.option(
     "--labels", metavar="FILE", help="Names, one a line, for the rows of the factors of nmf; the report lists them."
 )
+_agreement = click.option(
+    "--agreement",
+    type=float,
+    metavar="A",
+    help="Cascade: the target is the cheap level, and samples it is unsure of go on to the original, so that a share "
+    "A of all keep their best class.",
+)
+_levels = _options(
+    click.option("--levels", metavar="F,F,...", help="Several shares to keep in one file, chosen at run time."),
+    click.option("--by", type=click.Choice(["macs", "params", "size"]), default="macs", help="What --levels share."),
+)
 _json = click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="JSON report.")
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 _report = click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html", help="HTML report.")
@@ -175,6 +186,8 @@ def inspect(model: Path, json_file: Path | None, html: Path | None, overwrite: b
 @_model
 @_out
 @_target
+@_agreement
+@_levels
 @_calibrate
 @_evaluate
 @_metric
@@ -194,10 +207,18 @@ def inspect(model: Path, json_file: Path | None, html: Path | None, overwrite: b
 @_json
 @_overwrite
 def compress(
-    model: Path, out: Path, report: Path | None, json_file: Path | None, overwrite: bool, **options: Any
+    model: Path,
+    out: Path,
+    levels: str | None,
+    report: Path | None,
+    json_file: Path | None,
+    overwrite: bool,
+    **options: Any,
 ) -> None:
     """Write a smaller, faster MODEL to OUT, and prove it."""
     _check_target(options)
+    if levels is not None:
+        options["levels"] = _shares("--levels", levels)
     target = check_output(out, load(model), overwrite)
     _check_reports(overwrite, ("--report", report), ("--json", json_file), out=target)
     with _progress() as progress:
@@ -284,6 +305,7 @@ def validate(
     with _together(report, json_file):
         _write(content, report, json_file)
     render_terminal(content, _console())
+    _tell_levels(content)
 
 
 @cli.command(cls=Guarded)
@@ -333,10 +355,7 @@ def benchmark(models: tuple[Path, ...], json_file: Path | None, overwrite: bool,
 @_overwrite
 def sweep(model: Path, folder: Path, budgets: str | None, **options: Any) -> None:
     """Write MODEL at several budgets to DIR, with a table and a plot of what each is worth."""
-    try:
-        shares = pipeline.SWEEP if budgets is None else tuple(float(text) for text in budgets.split(","))
-    except ValueError as error:
-        raise LowRankError(f"--budgets must be numbers separated by commas, got '{budgets}'") from error
+    shares = pipeline.SWEEP if budgets is None else _shares("--budgets", budgets)
     with _progress() as progress:
         content = pipeline.sweep(model, folder, budgets=shares, progress=progress, **options)
     table = Table(title=_where(content["environment"]), title_justify="left")
@@ -357,6 +376,13 @@ def sweep(model: Path, folder: Path, budgets: str | None, **options: Any) -> Non
     for text in content["warnings"]:
         console.print(text, highlight=False, markup=False)
     click.echo(f"wrote {len(content['points'])} models, frontier.csv, frontier.json and frontier.html to {folder}")
+
+
+def _shares(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise LowRankError(f"{option} must be numbers separated by commas, got '{text}'") from error
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -430,7 +456,34 @@ def _finish(result: pipeline.Result, out: Path, report: Path | None, json_file: 
         _write(result.report, report, json_file)
         save(result.model, out, result.source.folder)
     render_terminal(result.report, _console())
+    _tell_levels(result.report)
     click.echo(f"wrote {out}")
+
+
+def _tell_levels(content: Mapping[str, Any]) -> None:
+    """One row a level of a file with several, and what a cascade sends on."""
+    cascade = content.get("cascade")
+    if cascade:
+        told = [f"{cascade['escalated']:.1%} of the samples go on to the full model"]
+        if cascade.get("expected_ms"):
+            told.append(f"expected {cascade['expected_ms']:.4f} ms against {cascade['original_ms']:.4f} ms")
+        click.echo("cascade: " + "; ".join(told))
+    rows = content.get("levels") or ()
+    if not rows:
+        return
+    table = Table(title="levels (rank_level)", title_justify="left")
+    for heading in ("", "MACs", "speed-up (95 %)", "against its own file", "drop", "cosine", "agreement"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        speed = (
+            ""
+            if row["speedup"] is None
+            else f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to " + (f"{row['speedup_high']:.2f})")
+        )
+        drop = "" if row["metric_drop"] is None else f"{100 * row['metric_drop']:.2f} %"
+        cells = (_number(row["macs_ratio"]), speed, _number(row["against_static"]), drop)
+        table.add_row(str(row["level"]), *cells, _number(row["cosine"], 4), _number(row["agreement"], 4))
+    _console().print(table)
 
 
 def _write(content: Mapping[str, Any], report: Path | None, json_file: Path | None) -> None:

@@ -122,7 +122,7 @@ def perplexity(outputs: Outputs, data: Mapping[str, Array]) -> float:
     700 nats and a probability of zero counts as 1e-38, so that a ruined model has a finite figure.
     """
     scores, labels = _scores_and_labels(outputs, data, "perplexity")
-    probabilities = all(_distributions(block) for block, _ in _blocks(scores, labels))
+    probabilities = all(is_distribution(block) for block, _ in _blocks(scores, labels))
     nats = 0.0
     for block, wanted in _blocks(scores, labels):
         rows = block.astype(np.float64)
@@ -165,7 +165,7 @@ def _scores_and_labels(outputs: Outputs, data: Mapping[str, Array], metric: str)
             f"metric {metric} found no class scores for labels {list(labels.shape)}; expected a float output "
             f"{_wanted(labels.shape)}, found {_told(outputs)}"
         )
-    likely = [name for name in fitting if _looks_like_scores(name, outputs[name])]
+    likely = [name for name in fitting if looks_like_scores(name, outputs[name])]
     name = (likely or list(fitting))[0]
     scores, flat = fitting[name], labels.reshape(-1)
     counted = flat >= 0
@@ -481,9 +481,9 @@ class _Sums:
             self._add_floats(before[start : start + rows], after[start : start + rows])
 
     def _add_floats(self, before: Array, after: Array) -> None:
-        self.looks_like_scores = self.looks_like_scores and _looks_like_scores(self.name, before)
+        self.looks_like_scores = self.looks_like_scores and looks_like_scores(self.name, before)
         if self.looks_like_scores:
-            axis = _class_axis(before)
+            axis = class_axis(before)
             same = before.argmax(axis) == after.argmax(axis)
             self.votes += same.size
             self.equal += int(same.sum())
@@ -515,7 +515,7 @@ def _finite(name: str, before: Array, after: Array) -> tuple[Array, Array]:
     return x, y
 
 
-def _class_axis(value: Array) -> int:
+def class_axis(value: Array) -> int:
     return value.ndim - 1 if value.ndim <= 3 else 1
 
 
@@ -523,22 +523,22 @@ def named_scores(name: str, value: Array) -> int | None:
     """Return the axis of the classes of an output that is called scores or logits; None if it is not."""
     if value.ndim < 2 or not _NAMED_SCORES.search(name):
         return None
-    return _class_axis(value)
+    return class_axis(value)
 
 
-def _looks_like_scores(name: str, value: Array) -> bool:
+def looks_like_scores(name: str, value: Array) -> bool:
     """See ``Fidelity``."""
-    if value.ndim < 2 or not 2 <= value.shape[_class_axis(value)] <= _WIDEST:
+    if value.ndim < 2 or not 2 <= value.shape[class_axis(value)] <= _WIDEST:
         return False
     if _NAMED_SCORES.search(name):
         return True
     narrow = value.shape[1] <= 1000 and all(size == 1 for size in value.shape[2:])
     if narrow and not _NAMED_FEATURES.search(name):
         return True
-    return _distributions(np.moveaxis(value, _class_axis(value), -1))
+    return is_distribution(np.moveaxis(value, class_axis(value), -1))
 
 
-def _distributions(rows: Array) -> bool:
+def is_distribution(rows: Array) -> bool:
     """Whether every row (..., classes) is a probability distribution; half precision sums to one within 0.01."""
     if (rows < 0).any():
         return False

@@ -6,6 +6,7 @@ Every command of the command line is a function here, every option an argument o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,15 +18,19 @@ from onnx import ModelProto
 
 from lowrank_onnx.base import Candidate, Counts, Moments, Pass, Plan, Site, configure
 from lowrank_onnx.budget import Damage, Selection, carry_out, meet_budget, reasons_for_kept, saving, with_factors
-from lowrank_onnx.building import Choice
+from lowrank_onnx.building import Built, Choice
 from lowrank_onnx.cache import open_cache
+from lowrank_onnx.cascading import LEVELS, Cascade, check_agreement, find_cascade, hold_out
 from lowrank_onnx.errors import LowRankError, PlanError, TargetError
 from lowrank_onnx.feeds import choose_feeds, read_shapes
 from lowrank_onnx.forms import quickest
 from lowrank_onnx.frontiers import FRONTIER_FILES, frontier_point, reference_points, write_frontier
 from lowrank_onnx.labels import read_labels
 from lowrank_onnx.latency import latency_saving, measure_latencies
-from lowrank_onnx.model import Model, check_output, save
+from lowrank_onnx.leveling import level_rows, share_escalated
+from lowrank_onnx.levels import build_levels, level_count
+from lowrank_onnx.model import Model, check_output, parameter_count, save, saved_size
+from lowrank_onnx.nesting import check_levels, nested_levels
 from lowrank_onnx.passes import PASSES
 from lowrank_onnx.plans import check_model, check_plan, chosen_rows, plan_to_dict, read_plan
 from lowrank_onnx.probe_cache import cached_probe
@@ -307,6 +312,9 @@ def compress(
     keep_size: float | None = None,
     speedup: float | None = None,
     max_drop: float | None = None,
+    agreement: float | None = None,
+    levels: Sequence[float] | None = None,
+    by: str = "macs",
     calibrate: Data | None = None,
     evaluate: Data | None = None,
     metric: str | None = None,
@@ -336,6 +344,12 @@ def compress(
         keep_params, keep_macs, keep_size: Share of the whole model to keep, in (0, 1].
         speedup: Measured latency before / after to reach.
         max_drop: Relative loss of the metric to stay within, at the least latency.
+        agreement: Share of samples whose best class must stay that of the original. Makes a cascade: the target
+            names its cheap level (several are tried without one), and what that is unsure of goes on to the
+            original inside the same file.
+        levels: Several shares to keep, in one file: the input ``rank_level`` chooses among them, the highest by
+            default. Instead of a target.
+        by: What the levels are shares of: ``macs``, ``params`` or ``size``.
         calibrate, evaluate: Data: a file, a folder, ``module:function``, arrays by name, or feeds.
         metric: A name, ``path.py:function`` or ``module:function``; fidelity to the original without one.
         technique: ``name:option=value,...``; every default technique if empty.
@@ -366,7 +380,16 @@ def compress(
         "speedup": speedup,
         "max_drop": max_drop,
     }
-    wish = read_target({**wishes, **{name: value for name, value in (target or {}).items()}})
+    given = {**wishes, **{name: value for name, value in (target or {}).items()}}
+    wish = read_target(given)
+    searching = all(value is None for value in given.values())
+    if agreement is not None:
+        check_agreement(agreement)
+    if levels is not None and (not searching or agreement is not None):
+        raise LowRankError("--levels is a target of its own: leave --agreement and the other targets out")
+    if f"keep_{by}" not in BUDGETS:
+        raise LowRankError(f"--by must be macs, params or size, got '{by}'")
+    shares = None if levels is None else check_levels(levels)
     settings = Settings(tuple(technique), tuple(include), tuple(exclude), mask, jobs, refine, augment, minimize, cache)
     if minimize not in OBJECTIVES:
         raise LowRankError(f"minimize must be one of {', '.join(OBJECTIVES)}, got '{minimize}'")
@@ -388,6 +411,11 @@ def compress(
         )
     if names is not None:
         _check_labels(problem, techniques, names)
+    if agreement is not None:
+        wishes_tried = [read_target({"keep_macs": share}) for share in LEVELS] if searching else [wish]
+        return _cascaded(problem, wishes_tried, settings, agreement, clock, progress)
+    if shares is not None:
+        return _leveled(problem, f"keep_{by}", shares, settings, clock, progress)
     planned = _decide(problem, wish, settings, clock, progress)
     return _finish(problem, wish, settings, planned, clock, progress, names)
 
@@ -406,6 +434,84 @@ def _check_labels(problem: Problem, techniques: Sequence[Pass], names: Sequence[
         )
 
 
+def _leveled(
+    problem: Problem,
+    kind: str,
+    shares: Sequence[float],
+    settings: Settings,
+    clock: Clock,
+    progress: Progress | None,
+) -> Result:
+    """Plan all levels, put them into one file, validate each and report."""
+    target = read_target({kind: shares[-1]})
+    statistics = _observe(problem, settings, clock, progress)
+    sites, reasons = filter_sites(problem.sites, settings.include, settings.exclude)
+    if kind == "keep_macs":
+        sites, idle = with_work(sites)
+        reasons |= idle
+    with clock.step("propose"):
+        proposals, refusals = propose(sites, settings.passes(), statistics, None, settings.jobs)
+    reasons |= refusals
+    if not proposals:
+        raise TargetError(f"--levels cannot be met: no layer can be factorized ({_summary(reasons)})")
+    damage = _probed(problem, target, settings, proposals, clock, progress)
+    with clock.step("allocate"):
+        selections = nested_levels(
+            problem,
+            proposals,
+            damage,
+            kind,
+            shares,
+            statistics,
+            lambda selection: _refined(problem, settings, selection, sites, clock, progress),
+        )
+    del proposals, statistics
+    proto = build_levels([selection.built.proto for selection in selections])
+    highest = dataclasses.replace(selections[-1], built=Built(proto, selections[-1].built.factors, saved_size(proto)))
+    cost = dataclasses.replace(
+        selections[-1].cost, parameters=parameter_count(proto), size_bytes=highest.built.size_bytes
+    )
+    highest = dataclasses.replace(highest, cost=cost)
+    kept = reasons_for_kept(problem.sites, highest.choices, reasons, "dense is the better use of the budget")
+    result = _finish(problem, target, settings, Planned(highest, kept), clock, progress)
+    with clock.step("validate"):
+        statics = [selection.built for selection in selections]
+        made = Model(proto, problem.model.path, "", "", saved_size(proto))
+        rows = level_rows(problem, made, [selection.cost for selection in selections], statics)
+    result.report["levels"] = [{"keep": share, **row} for share, row in zip(shares, rows, strict=True)]
+    result.plan["setting"]["levels"] = list(shares)
+    share = highest.built.size_bytes / max(selections[-1].cost.size_bytes, 1)
+    if share > 1.15:
+        result.report["warnings"].append(
+            f"the file is {share:.2f} times as large as its highest level alone: some smaller levels need factors of "
+            "their own, as prefixes of the larger ones lose too much there"
+        )
+    return result
+
+
+def _cascaded(
+    problem: Problem,
+    targets: Sequence[Target],
+    settings: Settings,
+    agreement: float,
+    clock: Clock,
+    progress: Progress | None,
+) -> Result:
+    """Make the cheap levels, take the cascade that costs least, validate and report."""
+    fitted, held = hold_out(problem, agreement, settings.mask, settings.augment)
+    decided: dict[str, tuple[Target, Planned]] = {}
+
+    def level(target: Target) -> Selection:
+        planned = _decide(fitted, target, settings, clock, progress)
+        decided[target.option] = (target, planned)
+        return planned.selection
+
+    levels = [(target.option, functools.partial(level, target)) for target in targets]
+    found = find_cascade(fitted, levels, held, agreement)
+    target, planned = decided[found.label]
+    return _finish(fitted, target, settings, Planned(found.selection, planned.refusals), clock, progress, cascade=found)
+
+
 def _finish(
     problem: Problem,
     target: Target,
@@ -414,6 +520,7 @@ def _finish(
     clock: Clock,
     progress: Progress | None,
     labels: Sequence[str] | None = None,
+    cascade: Cascade | None = None,
 ) -> Result:
     """Validate and report."""
     selection = planned.selection
@@ -422,7 +529,13 @@ def _finish(
         small = small or any(choice.proposal.site.kind in ("embedding", "tied") for choice in selection.choices)
         measured = measure(problem, selection, progress, memory=small)
     content = plan_to_dict(_as_plan(problem, target, settings, planned), problem.sites)
+    if cascade is not None:
+        # One sample tells one of two costs.
+        measured = dataclasses.replace(measured, timing=cascade.timing)
     report = compress_report(problem, target, planned, measured, clock.total(), labels)
+    if cascade is not None:
+        content["setting"]["cascade"] = cascade.told
+        report["cascade"] = cascade.told
     return Result(selection.built.proto, content, report, problem.model)
 
 
@@ -480,6 +593,12 @@ def apply(
     clock = Clock()
     content = read_plan(plan) if isinstance(plan, str | Path) else check_plan(plan, "the plan")
     setting = content["setting"]
+    several = [f"--{option}" for key, option in (("cascade", "agreement"), ("levels", "levels")) if setting.get(key)]
+    if several:
+        raise PlanError(
+            f"the plan tells of the model that compress {several[0]} made, which takes more than one plan; run "
+            f"compress {several[0]} again, or take the entry out of 'setting' to apply this one level alone"
+        )
     opened = open_model(model)
     check_model(content, opened.digest)
     source = setting.get("calibrate")
@@ -603,7 +722,14 @@ def validate(
     runtime = Runtime(provider, threads)
     problem = pose(reference, runtime, None, evaluate, metric, shape, seed)
     other = pose(candidate, runtime, None, evaluate, metric, shape, seed)
-    return validate_report(problem, other, clock.total, progress)
+    report = validate_report(problem, other, clock.total, progress)
+    rows = level_rows(problem, other.model) if level_count(other.model.proto) else []
+    if rows:
+        report["levels"] = rows
+    share = None if problem.evaluate is None else share_escalated(other.model, problem.evaluate, runtime)
+    if share is not None:
+        report["cascade"] = {"escalated": share}
+    return report
 
 
 def benchmark(

@@ -151,10 +151,8 @@ def pose(
     sites = tuple(find_sites(model, shapes, allow_io_change, matrices))
     if allow_io_change:
         _require_empty_caches(sites, data)
-    training = data["--calibrate"]
-    if training is not None:
-        training = trimmed(session, training, mask)
-        training = (exchange_tokens(training, sites, mask, seed) if augment else None) or training
+    known = data["--calibrate"]
+    training = None if known is None else training_data(session, known, sites, mask, seed, augment)
     return Problem(
         model=model,
         runtime=runtime,
@@ -189,6 +187,14 @@ def _require_empty_caches(sites: Sequence[Site], data: Mapping[str, Dataset | No
                         f"sample {place} of {option} holds a cache '{name}' {list(value.shape)}, whose width "
                         "--allow-io-change lets change; give samples that start with an empty cache"
                     )
+
+
+def training_data(
+    session: Any, calibrate: Dataset, sites: Sequence[Site], mask: str | None, seed: int, augment: bool
+) -> Dataset:
+    """The calibration data without needless padding, and behind them copies where those help."""
+    shorter = trimmed(session, calibrate, mask)
+    return (exchange_tokens(shorter, sites, mask, seed) if augment else None) or shorter
 
 
 def _require_steps(model: Model, data: Dataset | None, option: str) -> None:

@@ -257,6 +257,56 @@ def benchmark(
     return Timing(tuple(_latency(column) for column in table.T), tuple(_ratios(table, rng)))
 
 
+def expected_timing(
+    sessions: Sequence[Any],
+    kinds: Sequence[Sequence[Mapping[str, Array]]],
+    shares: Sequence[float],
+    seed: int = 0,
+    seconds: float = 5.0,
+) -> Timing:
+    """Time models whose work follows the input, side by side: medians of each kind of input, weighted by its share.
+
+    A mean over all runs would be a mean over whatever else the machine did.
+
+    Args:
+        kinds: Inputs of each kind; an empty kind does not count.
+        shares: How often each kind comes.
+
+    Returns:
+        ``median`` of each latency is the expected one.
+    """
+    present = [(entries, share) for entries, share in zip(kinds, shares, strict=True) if entries and share > 0]
+    weights = np.array([share for _, share in present])
+    rng = np.random.default_rng(seed)
+    for entries, _ in present:
+        for session in sessions:
+            for feeds in entries[:3]:
+                run(session, feeds)
+    outputs = [[output.name for output in session.get_outputs()] for session in sessions]
+    rounds: list[list[list[float]]] = []
+    start = time.perf_counter()
+    while len(rounds) < 2000 and (len(rounds) < 20 or time.perf_counter() - start < seconds):
+        rounds.append([])
+        for entries, _ in present:
+            feeds = entries[int(rng.integers(len(entries)))]
+            row = [0.0] * len(sessions)
+            for place in rng.permutation(len(sessions)):
+                begin = time.perf_counter()
+                sessions[place].run(outputs[place], feeds)
+                row[place] = 1000 * (time.perf_counter() - begin)
+            rounds[-1].append(row)
+    table = np.array(rounds)  # (rounds, kinds, sessions)
+    low, middle, high = (np.percentile(table, q, axis=0).T @ weights for q in (25, 50, 75))
+    draws = rng.integers(0, len(table), (_RESAMPLES, len(table)))
+    drawn = np.einsum("dks,k->ds", np.median(table[draws], axis=1), weights)
+    spreads = np.percentile(drawn[:, :1] / drawn, [2.5, 97.5], axis=0)
+    ratios = [
+        Ratio(float(middle[0] / middle[i]), float(spreads[0, i]), float(spreads[1, i])) for i in range(len(middle))
+    ]
+    latencies = [Latency(float(middle[i]), float(high[i] - low[i]), len(table)) for i in range(len(middle))]
+    return Timing(tuple(latencies), tuple(ratios))
+
+
 def _bound(session: Any, feeds: Mapping[str, Array], runtime: Runtime) -> Any:
     """A call that runs the session once, with inputs on the device and outputs left there."""
     ort = onnxruntime()

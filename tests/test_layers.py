@@ -26,14 +26,15 @@ ORDER = """
     sites
     cost batches feeds chains patches lookups recurrent_statistics attention_statistics
     conv_chains head_chains recurrent_chains
-    statistics stream rewrite kept
+    statistics stream rewrite kept composing
+    cascade levels
     allocation target plans
     validation memory
     augment trimming
     problem proposals
     latency building probes
     probe_cache refine budget forms
-    search reporting
+    search reporting cascading nesting leveling adaptive
     report
     frontiers
     passes

@@ -1,0 +1,176 @@
+"""Cascades: the graph against both of its models by hand, the threshold against brute force, and the refusals."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import ModelProto
+
+import lowrank_onnx
+from lowrank_onnx.cascade import CONFIDENCES, COUNT, Gate, build_cascade, choose_threshold, confidence, fewest_samples
+from lowrank_onnx.errors import DataError, LowRankError, ModelError, TargetError
+from lowrank_onnx.model import from_proto, parameter_count
+from tests.builders import answers, build, falling, furthest
+
+GRAPH = "g (float[n,16] x) => (float[n,5] y) { t = MatMul(x, w) u = Relu(t) y = MatMul(u, v) }"
+
+
+def classifier(noise: float = 0.0, graph: str = GRAPH, opset: int = 17) -> ModelProto:
+    rng = np.random.default_rng(3)
+    w, v = falling(16, 24), rng.standard_normal((24, 5)).astype(np.float32)
+    changed = v + noise * rng.standard_normal(v.shape).astype(np.float32)
+    return from_proto(build(graph, {"w": w, "v": changed}, opset=opset)).proto
+
+
+def samples(count: int = 40) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(0).standard_normal((count, 16)).astype(np.float32)}
+
+
+def middle(cheap: ModelProto, kind: str, normalized: bool = False, names: tuple[str, ...] = ("y",)) -> Gate:
+    """A gate that about half of the samples pass."""
+    gate = Gate(names, kind, 0.0, normalized)
+    sure = np.sort(confidence(answers(cheap, samples()), gate))
+    return Gate(names, kind, float((sure[19] + sure[20]) / 2), normalized)
+
+
+@pytest.mark.parametrize("opset", [11, 13, 17, 18, 21])
+@pytest.mark.parametrize("kind", CONFIDENCES)
+@pytest.mark.parametrize("rows", [True, False])
+def test_unsure_samples_get_the_answer_of_the_full_model(kind: str, rows: bool, opset: int) -> None:
+    full, cheap = classifier(opset=opset), classifier(0.5, opset=opset)
+    gate = middle(cheap, kind)
+    cascade = build_cascade(full, cheap, gate, {"y": 2}, rows)
+    onnx.checker.check_model(cascade, full_check=True)
+    whole = samples()
+    exact, rough = answers(full, whole)["y"], answers(cheap, whole)["y"]
+    unsure = confidence({"y": rough}, gate) < gate.threshold
+    assert unsure.sum() == 20 and np.abs(exact - rough).max() > 0.1
+    expected = np.where(unsure[:, None], exact, rough) if rows else exact
+    assert furthest(answers(cascade, whole), {"y": expected}) < 1e-6
+    alone = [answers(cascade, {"x": whole["x"][place : place + 1]})["y"] for place in range(40)]
+    assert furthest({"y": np.concatenate(alone)}, {"y": np.where(unsure[:, None], exact, rough)}) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "threshold, runs", [(-math.inf, 0), (math.inf, 40)], ids=["nothing goes on", "everything goes on"]
+)
+def test_the_ends_are_the_two_models(threshold: float, runs: int) -> None:
+    full, cheap = classifier(), classifier(0.5)
+    cascade = build_cascade(full, cheap, Gate(("y",), "margin", threshold, False), {"y": 2}, True)
+    found = answers(cascade, samples(), [COUNT])
+    assert found[COUNT] == runs
+    assert furthest({"y": found["y"]}, answers(full if runs else cheap, samples())) < 1e-6
+
+
+def test_weights_both_models_have_are_stored_once() -> None:
+    full, cheap = classifier(), classifier(0.5)
+    cascade = build_cascade(full, cheap, middle(cheap, "margin"), {"y": 2}, True)
+    shared = 16 * 24
+    assert parameter_count(cascade) == parameter_count(full) + parameter_count(cheap) - shared + 1  # the threshold
+    assert {tensor.name for tensor in full.graph.initializer} <= {t.name for t in cascade.graph.initializer}
+
+
+def test_scores_of_several_outputs_and_axes_are_all_watched() -> None:
+    graph = """g (float[n,16] x) => (float[n,5] y, float[n,4,6] logits, float[n,3,2,4] map_scores) {
+        t = MatMul(x, w) u = Relu(t) y = MatMul(u, v)
+        logits = Reshape(t, s) map_scores = Reshape(t, m) }"""
+    models = []
+    for noise in (0.0, 0.5):
+        proto = classifier(noise, graph)
+        for name, shape in (("s", [-1, 4, 6]), ("m", [-1, 3, 2, 4])):
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(shape, np.int64), name))
+        models.append(proto)
+    full, cheap = models
+    names = ("y", "logits", "map_scores")
+    for kind in CONFIDENCES:
+        gate = middle(cheap, kind, names=names)
+        cascade = build_cascade(full, cheap, gate, {"y": 2, "logits": 3, "map_scores": 4}, True)
+        assert answers(cascade, samples(), [COUNT])[COUNT] == 20
+
+
+def test_bodies_keep_their_own_names() -> None:
+    graph = """g (float[n,16] x) => (float[n,5] y) {
+        t = MatMul(x, w) r = ReduceSum(t) c = Greater(r, r)
+        u = If (c) <then_branch = a () => (float[n,24] p) { p = Relu(t) },
+                    else_branch = b () => (float[n,24] p2) { q = Relu(t) p2 = Identity(q) }>
+        y = MatMul(u, v) }"""
+    full, cheap = classifier(graph=graph), classifier(0.5, graph)
+    cascade = build_cascade(full, cheap, Gate(("y",), "margin", math.inf, False), {"y": 2}, True)
+    onnx.checker.check_model(cascade, full_check=True)
+    assert furthest(answers(cascade, samples()), answers(full, samples())) < 1e-6
+
+
+def test_an_operator_set_without_scatter_is_refused() -> None:
+    full = classifier(opset=9)
+    with pytest.raises(ModelError, match="operator set 11"):
+        build_cascade(full, full, Gate(("y",), "margin", 0.0, False), {"y": 2}, True)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.sampled_from([0.0, 0.0, 0.0, 0.5, 1.0])), min_size=1, max_size=25),
+    st.sampled_from([0.5, 0.7, 0.9]),
+)
+def test_the_threshold_is_the_smallest_that_keeps_the_wish(entries: list[tuple[int, float]], wish: float) -> None:
+    sure = np.array([value for value, _ in entries], float)
+    losses = np.array([loss for _, loss in entries])
+    found = choose_threshold(sure, losses, wish)
+
+    def within(threshold: float) -> bool:
+        return bool((losses[sure >= threshold].sum() + 1) / (len(sure) + 1) <= 1 - wish + 1e-12)
+
+    if len(entries) < fewest_samples(wish):
+        assert found is None
+        return
+    assert found is not None and within(found)
+    fewer = [value for value in (-math.inf, *(np.unique(sure) - 0.25)) if (sure < value).sum() < (sure < found).sum()]
+    assert not any(within(value) for value in fewer)
+
+
+def test_expected_disagreement_on_new_samples_stays_within_the_wish() -> None:
+    rng = np.random.default_rng(0)
+    missed = []
+    for _ in range(400):
+        sure = rng.random(400)
+        losses = (rng.random(400) < 0.3 * (1 - sure) ** 2).astype(float)
+        threshold = choose_threshold(sure[:150], losses[:150], 0.97)
+        assert threshold is not None
+        missed.append(losses[150:][sure[150:] >= threshold].sum() / 250)  # of all samples: the others agree
+    assert 0.02 < np.mean(missed) <= 0.03
+
+
+# --- the whole way ------------------------------------------------------------------------------------
+
+
+def test_a_level_that_agrees_alone_needs_no_cascade(models: Path) -> None:
+    folder = models / "digits_mlp"
+    with pytest.raises(TargetError, match=r"agrees on 1\.0000 alone and needs no cascade"):
+        lowrank_onnx.compress(
+            folder / "model.onnx",
+            keep_macs=0.5,
+            agreement=0.95,
+            calibrate=folder / "calibrate.npz",
+            threads=1,
+            cache=False,
+        )
+
+
+def test_without_class_scores_there_is_nothing_to_watch() -> None:
+    proto = build("g (float[n,32] x) => (float[n,9] embedding) { embedding = MatMul(x, w) }", {"w": falling(32, 9)})
+    data = {"x": np.random.default_rng(0).standard_normal((300, 32)).astype(np.float32)}
+    with pytest.raises(TargetError, match="no output looks like class scores"):
+        lowrank_onnx.compress(proto, keep_macs=0.5, agreement=0.9, calibrate=data)
+
+
+def test_too_few_samples_are_told() -> None:
+    with pytest.raises(DataError, match="needs 248 calibration samples, found 40"):
+        lowrank_onnx.compress(classifier(), keep_macs=0.5, agreement=0.99, calibrate=samples())
+    with pytest.raises(DataError, match="--calibrate"):
+        lowrank_onnx.compress(classifier(), keep_macs=0.5, agreement=0.99)
+    with pytest.raises(LowRankError, match=r"in \(0, 1\), got 1.5"):
+        lowrank_onnx.compress(classifier(), keep_macs=0.5, agreement=1.5, calibrate=samples())

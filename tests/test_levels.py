@@ -1,0 +1,147 @@
+"""Levels: every one against its own model, prefixes stored once, ranks nested; sessions that choose among them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lowrank_onnx
+from lowrank_onnx.errors import LowRankError, ModelError, PlanError, TargetError
+from lowrank_onnx.levels import LEVEL_INPUT, LevelSession, build_levels, level_count
+from lowrank_onnx.linalg import Array
+from lowrank_onnx.model import from_proto, parameter_count
+from lowrank_onnx.nesting import check_levels
+from tests.builders import answers, build, falling, furthest
+
+RANKS = (4, 8, 12)
+ARGUMENTS: dict[str, Any] = {"threads": 1, "cache": False, "augment": False}
+
+
+def at_rank(rank: int) -> onnx.ModelProto:
+    """A chain of that rank: a prefix of the one of rank 12, with a bias of its own, and a layer all share."""
+    u, v = falling(32, 12, seed=1), falling(12, 48, seed=2)
+    graph = """g (float[n,32] x) => (float[n,5] y) {
+        a = MatMul(x, first) c = MatMul(a, second) d = Add(c, bias) e = Relu(d) y = Gemm(e, head) }"""
+    constants = {"first": u[:, :rank], "second": v[:rank], "bias": np.full(48, rank, np.float32)}
+    return from_proto(build(graph, constants | {"head": falling(48, 5, seed=3)})).proto
+
+
+def samples(count: int = 7) -> dict[str, Array]:
+    return {"x": np.random.default_rng(0).standard_normal((count, 32)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_every_level_answers_as_its_own_model(count: int) -> None:
+    models = [at_rank(rank) for rank in RANKS[:count]]
+    whole = build_levels(models)
+    onnx.checker.check_model(whole, full_check=True)
+    assert level_count(whole) == count
+    for level, model in enumerate(models):
+        for rows in (1, 7):
+            found = answers(whole, samples(rows) | {LEVEL_INPUT: np.array(level, np.int64)})
+            assert furthest(found, answers(model, samples(rows))) < 1e-6
+    highest = answers(models[-1], samples())
+    assert furthest(answers(whole, samples()), highest) < 1e-6, "callers that know no levels get the highest"
+    beyond = answers(whole, samples() | {LEVEL_INPUT: np.array(99, np.int64)})
+    below = answers(whole, samples() | {LEVEL_INPUT: np.array(-1, np.int64)})
+    assert furthest(beyond, highest) < 1e-6 and furthest(below, answers(models[0], samples())) < 1e-6
+
+
+def test_prefixes_and_shared_layers_are_stored_once() -> None:
+    whole = build_levels([at_rank(rank) for rank in RANKS])
+    assert parameter_count(whole) == parameter_count(at_rank(12)) + 2 * 48  # the biases of the two smaller levels
+
+
+def test_what_is_no_prefix_is_stored_beside() -> None:
+    other = at_rank(4)
+    for tensor in other.graph.initializer:
+        if tensor.name == "first":
+            tensor.CopyFrom(onnx.numpy_helper.from_array(falling(32, 4, seed=9), "first"))
+    whole = build_levels([other, at_rank(12)])
+    assert parameter_count(whole) == parameter_count(at_rank(12)) + 48 + 32 * 4
+    found = answers(whole, samples() | {LEVEL_INPUT: np.array(0, np.int64)})
+    assert furthest(found, answers(other, samples())) < 1e-6
+
+
+def test_an_ordinary_model_has_no_levels() -> None:
+    assert level_count(at_rank(4)) is None
+
+
+def test_a_session_held_at_a_level() -> None:
+    whole = build_levels([at_rank(4), at_rank(12)])
+    session = ort.InferenceSession(whole.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert [value.name for value in session.get_inputs()] == ["x"], "the level must not be asked of callers"
+    for level, rank in enumerate((4, 12)):
+        (found,) = LevelSession(session, level).run(None, samples())
+        assert furthest({"y": found}, answers(at_rank(rank), samples())) < 1e-6
+
+
+@given(st.lists(st.floats(-0.5, 1.5), max_size=4))
+def test_levels_are_shares_that_differ(levels: list[float]) -> None:
+    fits = len(levels) >= 2 and len(set(levels)) == len(levels) and all(0 < level <= 1 for level in levels)
+    if fits:
+        assert check_levels(levels) == tuple(sorted(levels))
+    else:
+        with pytest.raises(LowRankError, match="two or more different shares"):
+            check_levels(levels)
+
+
+# --- the whole way ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def leveled(models: Path) -> lowrank_onnx.Result:
+    folder = models / "digits_mlp"
+    return lowrank_onnx.compress(
+        folder / "model.onnx", levels=[0.5, 0.2, 0.3], calibrate=folder / "calibrate.npz", **ARGUMENTS
+    )
+
+
+def test_budgets_are_met_and_the_smaller_levels_share(leveled: lowrank_onnx.Result) -> None:
+    rows = leveled.report["levels"]
+    assert [row["keep"] for row in rows] == [0.2, 0.3, 0.5]
+    assert all(row["macs_ratio"] <= row["keep"] for row in rows)
+    cosines = [row["cosine"] for row in rows]
+    assert cosines == sorted(cosines) and cosines[0] > 0.9
+    assert leveled.report["after"]["size_bytes"] <= 1.15 * rows[-1]["size_bytes_alone"]
+
+
+def test_a_plan_of_levels_is_not_applied_as_one(leveled: lowrank_onnx.Result, models: Path) -> None:
+    with pytest.raises(PlanError, match="run compress --levels again"):
+        lowrank_onnx.apply(models / "digits_mlp" / "model.onnx", leveled.plan)
+
+
+def test_validate_tells_every_level(leveled: lowrank_onnx.Result, models: Path, tmp_path: Path) -> None:
+    folder = models / "digits_mlp"
+    path = leveled.save(tmp_path / "levels.onnx")
+    report = lowrank_onnx.validate(folder / "model.onnx", path, evaluate=folder / "evaluate.npz", threads=1)
+    assert [row["level"] for row in report["levels"]] == [0, 1, 2]
+    assert report["fidelity"]["cosine"] == pytest.approx(report["levels"][-1]["cosine"])
+
+
+def test_a_level_the_techniques_cannot_reach_is_told(models: Path) -> None:
+    with pytest.raises(TargetError, match="is the least the techniques in use can keep"):
+        lowrank_onnx.compress(models / "digits_mlp" / "model.onnx", levels=[0.01, 0.5], **ARGUMENTS)
+    with pytest.raises(LowRankError, match="leave --agreement and the other targets out"):
+        lowrank_onnx.compress(models / "digits_mlp" / "model.onnx", levels=[0.3, 0.5], keep_macs=0.5)
+
+
+def test_a_model_without_levels_cannot_adapt(models: Path) -> None:
+    with pytest.raises(ModelError, match="compress --levels"):
+        lowrank_onnx.AdaptiveSession(models / "digits_mlp" / "model.onnx", latency_ms=1)
+
+
+def test_factors_that_are_no_prefix_are_refitted_not_cut(models: Path) -> None:
+    """Units of a feed-forward pair come in no order: cutting them gave a fifth of the output's energy away."""
+    folder = models / "char_transformer"
+    settings = ARGUMENTS | {"calibrate": folder / "calibrate.npz", "technique": ("feedforward",)}
+    both = lowrank_onnx.compress(folder / "model.onnx", levels=[0.7, 0.9], **settings)
+    alone = lowrank_onnx.compress(folder / "model.onnx", keep_macs=0.7, **settings)
+    assert 1 - both.report["levels"][0]["cosine"] <= 2 * (1 - alone.report["fidelity"]["cosine"]) + 1e-4
