@@ -22,6 +22,7 @@ from lowrank_onnx.model import Model
 from lowrank_onnx.probes import Curve
 from lowrank_onnx.problem import Problem
 from lowrank_onnx.proposals import Proposal
+from lowrank_onnx.recurrent_statistics import observable_cell
 from lowrank_onnx.runtime import Runtime, onnxruntime, open_session
 from lowrank_onnx.sites.attention import left_alone
 from lowrank_onnx.statistics import Progress, unobserved
@@ -326,7 +327,8 @@ def _blind(problem: Problem, planned: Any) -> list[str]:
     """Factorized layers that were judged by their weight alone though there are data, and why."""
     reasons: dict[str, list[str]] = {}
     for choice in planned.selection.choices:
-        reason = unobserved(choice.proposal.site)
+        site = choice.proposal.site
+        reason = None if observable_cell(site) else unobserved(site)
         if problem.calibrate is not None and reason is not None:
             reasons.setdefault(reason, []).append(choice.proposal.site.name)
     return [f"factorized by weight alone, {reason}: {', '.join(names)}" for reason, names in reasons.items()]

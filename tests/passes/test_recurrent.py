@@ -370,3 +370,10 @@ def test_the_error_of_a_compressed_state_does_not_grow_over_200_chunks(zoo: Path
     before, after = heard(onnx.load(folder / "model.onnx"), chunks), heard(result.model, chunks)
     halves = [difference(after[1][part], before[1][part]) for part in (slice(0, 100), slice(100, 200))]
     assert halves[1] < 2 * halves[0] + 0.05
+
+
+def test_a_cell_that_was_observed_is_not_said_to_be_judged_by_its_weight_alone() -> None:
+    proto = cell("GRU", "forward", NONE | {"bias": True, "y": True})
+    samples = [feeds(proto, 20, batch=1) for _ in range(6)]
+    report = compress(proto, rank=2, calibrate=samples, threads=1, technique=["recurrent_stored"]).report
+    assert not [text for text in report["warnings"] if "weight alone" in text]
