@@ -75,6 +75,11 @@ def onnxruntime() -> Any:
     try:
         import onnxruntime as ort
     except ImportError as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if not isinstance(cause, Exception):  # a signal that came while the library was loading
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
         raise ProviderError(
             "onnxruntime is not installed; run pip install 'lowrank-onnx[cpu]', or "
             f"'lowrank-onnx[gpu]' for CUDA ({error})"

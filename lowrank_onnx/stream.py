@@ -109,14 +109,17 @@ class Stream:
         return [{name: entry[name] for name in self._outputs} for entry in self.values]
 
     def upstream(self, targets: Iterable[str]) -> set[str]:
-        """Names of the pending tensors that the targets depend on, themselves included."""
+        """Names of the pending tensors that the targets depend on, themselves included.
+
+        All outputs of a node count, also those nobody reads: a cell is known by the first it has.
+        """
         producers = {name: node for node in self._pending for name in node.output if name}
         found: set[str] = set()
         stack = [name for name in targets if name in producers]
         while stack:
             name = stack.pop()
             if name not in found:
-                found.add(name)
+                found.update(filter(None, producers[name].output))
                 stack += [source for source in reads(producers[name]) if source in producers]
         return found
 

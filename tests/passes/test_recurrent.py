@@ -377,3 +377,14 @@ def test_a_cell_that_was_observed_is_not_said_to_be_judged_by_its_weight_alone()
     samples = [feeds(proto, 20, batch=1) for _ in range(6)]
     report = compress(proto, rank=2, calibrate=samples, threads=1, technique=["recurrent_stored"]).report
     assert not [text for text in report["warnings"] if "weight alone" in text]
+
+
+def test_a_layer_behind_the_second_output_of_a_cell() -> None:
+    """The cell is known by its first output; what reads another one lies behind it all the same."""
+    text = """g (float[s,n,8] x) => (float[n,12] y) {
+        states, last = GRU<hidden_size=16>(x, w, r)  h = Squeeze(last, zero)  y = MatMul(h, v) }"""
+    constants = {"w": falling(48, 8)[None], "r": falling(48, 16, seed=1)[None], "v": falling(16, 12, seed=2)}
+    proto = build(text, constants | {"zero": np.array([0])})
+    samples = [{"x": correlated((7, 1, 8), seed=place)} for place in range(6)]
+    report = compress(proto, keep_params=0.7, calibrate=samples, threads=1, cache=False).report
+    assert report["ratio"]["parameters"] <= 0.7
