@@ -169,6 +169,7 @@ def cli() -> None:
 @_cache
 @_json
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="HTML page.")
+@click.option("--structure", is_flag=True, help="Error of each structure at half of a layer's parameters.")
 @_overwrite
 def inspect(model: Path, json_file: Path | None, html: Path | None, overwrite: bool, **options: Any) -> None:
     """Show what MODEL is made of and how compressible each layer is."""

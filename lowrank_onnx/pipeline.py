@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from onnx import ModelProto
 
 from lowrank_onnx.base import Candidate, Counts, Moments, Pass, Plan, Site, configure
@@ -49,6 +50,7 @@ from lowrank_onnx.reporting import (
 from lowrank_onnx.runtime import Runtime, input_specs, open_session
 from lowrank_onnx.search import reach_speedup, stay_within
 from lowrank_onnx.statistics import Progress, observe
+from lowrank_onnx.structures import SHARE, WIDEST, errors_at
 from lowrank_onnx.target import BUDGETS, OBJECTIVES, Target, read_target
 from lowrank_onnx.threads import few_threads
 from lowrank_onnx.validation import benchmark as time_models
@@ -683,11 +685,13 @@ def inspect(
     jobs: int = 1,
     augment: bool = True,
     cache: bool = True,
+    structure: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Tell what the model is made of and how compressible each layer is; nothing is changed.
 
-    With calibration data, also what factorizing each layer alone does to the model's output.
+    With calibration data, also what factorizing each layer alone does to the model's output. With ``structure``,
+    the error that each structure reaches at every linear layer with half of its parameters.
     """
     clock = Clock()
     settings = Settings(tuple(technique), mask=mask, jobs=jobs)
@@ -699,7 +703,25 @@ def inspect(
     curves: Mapping[int, Curve] = {}
     if problem.calibrate is not None:
         curves = cached_probe(problem, proposals, mask, open_cache(cache), progress)
-    return inspect_report(problem, proposals, reasons, curves)
+    report = inspect_report(problem, proposals, reasons, curves)
+    if structure:
+        _compare_structures(problem, statistics, report, progress)
+    return report
+
+
+def _compare_structures(
+    problem: Problem, statistics: Mapping[str, Mapping[str, Any]], report: dict[str, Any], progress: Progress | None
+) -> None:
+    """Add to every linear layer of an inspection what each structure reaches at equal parameters."""
+    rows = [row for row in report["sites"] if row["kind"] == "linear"]
+    for place, row in enumerate(rows):
+        site = problem.by_name[row["name"]]
+        if site.weight.ndim == 2 and min(site.weight.shape) >= 4 and max(site.weight.shape) <= WIDEST:
+            entry = statistics.get(site.name)
+            gram = np.eye(len(site.weight)) if entry is None else entry[site.uses[0].input].gram
+            row["structures"] = errors_at(site.weight, gram, int(SHARE * site.weight.size))
+        if progress is not None:
+            progress("compare structures", place + 1, len(rows))
 
 
 def validate(

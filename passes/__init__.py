@@ -1,12 +1,16 @@
 """The techniques, in the order in which they are offered. A new one is a file here and a line below."""
 
 from lowrank_onnx.base import Pass
+from lowrank_onnx.passes.block import Block
 from lowrank_onnx.passes.channel import Channel
 from lowrank_onnx.passes.cp import CP
 from lowrank_onnx.passes.embedding import Embedding
 from lowrank_onnx.passes.feedforward import Feedforward
 from lowrank_onnx.passes.grouped_embedding import GroupedEmbedding
 from lowrank_onnx.passes.heads import Heads
+from lowrank_onnx.passes.hierarchical import Hierarchical
+from lowrank_onnx.passes.kronecker import Kronecker
+from lowrank_onnx.passes.monarch import Monarch
 from lowrank_onnx.passes.nmf import NMF
 from lowrank_onnx.passes.nystrom import Nystrom
 from lowrank_onnx.passes.recurrent_cell import RecurrentCell
@@ -37,6 +41,10 @@ PASSES: tuple[type[Pass], ...] = (
     Tied,
     NMF,
     Nystrom,
+    Block,
+    Monarch,
+    Kronecker,
+    Hierarchical,
 )
 
 __all__ = ["PASSES"]

@@ -17,7 +17,7 @@ ORDER = """
     version errors threads
     linalg
     decompositions
-    data cache labels
+    data cache labels structures
     metrics runtime unpack
     model
     base
@@ -25,7 +25,7 @@ ORDER = """
     sites.weights
     sites
     cost batches feeds chains patches lookups recurrent_statistics attention_statistics
-    conv_chains head_chains recurrent_chains
+    block_chains conv_chains head_chains recurrent_chains
     statistics stream rewrite kept composing
     cascade levels
     allocation target plans

@@ -10,6 +10,8 @@ from lowrank_onnx.report import html, units, wording
 from lowrank_onnx.report.terminal import ROWS, layer_name, layer_table, reasons, say
 from lowrank_onnx.report.units import plain
 
+STRUCTURES_NOTE = "Error of each structure with half of the layer's parameters, on the data where there are any."
+
 
 def render_inspection(report: Mapping[str, Any], console: Console) -> None:
     """Print an inspection: the model's size, a table of its layers, and who takes them or why nobody does.
@@ -63,6 +65,12 @@ def render_inspection(report: Mapping[str, Any], console: Console) -> None:
         "the squared spectrum. Eff.: effective rank.",
         "dim",
     )
+    if compared := structures(report):
+        names = compared[0][1].keys()
+        console.print()
+        say(console, STRUCTURES_NOTE)
+        lines = [[name, *(units.percent(error) for error in errors.values())] for name, errors, _ in compared[:ROWS]]
+        console.print(layer_table(console, ["Layer", *names], lines, right=range(1, 1 + len(names))))
     if taken := takers(report):
         counts = ", ".join(f"{technique} ({len(names)})" for technique, names in taken)
         console.print()
@@ -95,9 +103,21 @@ def write_inspection_html(report: Mapping[str, Any], path: Path) -> None:
         takers=takers(report),
         refused=wording.by_reason(site for site in report["sites"] if not site.get("techniques")),
         bars=html.bars(report["sites"]),
+        structures=structures(report),
+        structures_note=STRUCTURES_NOTE,
         spectra=html.spectra(report["sites"], marks),
         sensitivity=html.sensitivity(report["sites"], marks),
     )
+
+
+def structures(report: Mapping[str, Any]) -> list[tuple[str, dict[str, float | None], str]]:
+    """Return the layers where structures were compared: name, error by structure, the structure with the least."""
+    compared = [(plain(site["name"]), dict(site["structures"])) for site in report["sites"] if site.get("structures")]
+    return [
+        (name, errors, min((e, key) for key, e in errors.items() if e is not None)[1])
+        for name, errors in compared
+        if any(error is not None for error in errors.values())
+    ]
 
 
 def summary(report: Mapping[str, Any]) -> str:

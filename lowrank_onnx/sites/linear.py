@@ -9,6 +9,7 @@ Attributes of a site:
     data_transposed: Gemm reads the data operand transposed.
     stored: The stored weight as the node reads it is ``weight`` transposed.
     alpha: Factor that was folded into ``weight``.
+    opset: Of the model, which decides how nodes are spelled.
 Attributes by use, keyed by the node's name:
     op: Operator of the node; a weight may be shared by MatMul and Gemm.
     beta: Factor of Gemm's C.
@@ -118,7 +119,7 @@ def _site(model: Model, shapes: Shapes, group: list[_Found]) -> Site:
         parameters=first.weight.size,
         freed=freed_parameters(model, [first.constant], removed),
         macs=None if any(entry is None for entry in macs) else sum(entry for entry in macs if entry is not None),
-        attributes={**first.attributes, **extra},
+        attributes={**first.attributes, "opset": model.opset, **extra},
     )
 
 
