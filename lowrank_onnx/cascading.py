@@ -195,7 +195,7 @@ def _try(
     told = ""
     rows = can_batch(problem.session, held) and can_batch(session, held)
     ranks = {name: reference[name].ndim for name in names}
-    for _ in range(_ATTEMPTS):
+    for raised in range(_ATTEMPTS):
         escalated = confidence(answers, gate) < gate.threshold
         share = float(escalated.mean())
         proto = build_cascade(problem.model.proto, cheap.built.proto, gate, ranks, rows)
@@ -234,6 +234,8 @@ def _try(
             "agreement_held_out": 1 - float(losses[~escalated].sum()) / len(losses),
             "agreement_alone": alone,
             "agreement_evaluated": evaluated,
+            # Above 0 the evaluation data took part in the choice, and their agreement is no held-out figure.
+            "raised_on_evaluation": raised,
             "held_out_samples": len(held),
             "original_ms": times[0],
             "cheap_ms": times[1],

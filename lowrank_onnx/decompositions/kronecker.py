@@ -54,13 +54,16 @@ class KroneckerSum:
         terms, k1, n1 = self.left.shape
         _, k2, n2 = self.right.shape
         right = self.right.astype(np.float64)
-        blocks = gram.reshape(k1, k2, k1, k2)
-        inner = np.einsum("kbn,lcn->klbc", right, right, optimize=True)  # (R, R, K2, K2)
-        flat = blocks.transpose(0, 2, 1, 3).reshape(k1 * k1, k2 * k2) @ inner.reshape(terms * terms, -1).T
-        normal = flat.reshape(k1, k1, terms, terms).transpose(2, 0, 3, 1).reshape(terms * k1, terms * k1)
-        weighted = (gram @ matrix).reshape(k1, k2, n1, n2)
-        wanted = np.einsum("kbn,abmn->kam", right, weighted, optimize=True).reshape(terms * k1, n1)
-        return KroneckerSum(least_squares(normal, wanted).reshape(terms, k1, n1), right)
+        flat = right.reshape(terms, k2 * n2)
+        spread = right.transpose(1, 0, 2).reshape(k2, terms * n2)
+        normal = np.empty((terms, k1, terms, k1))
+        for row, rows in enumerate(gram.reshape(k1, k2, k1, k2)):  # one at a time: together they would fill memory
+            brought = rows.transpose(1, 0, 2).reshape(k1 * k2, k2) @ spread
+            brought = brought.reshape(k1, k2, terms, n2).transpose(0, 2, 1, 3).reshape(k1 * terms, k2 * n2)
+            normal[:, row] = (flat @ brought.T).reshape(terms, k1, terms).transpose(0, 2, 1)
+        weighted = (gram @ matrix).reshape(k1, k2, n1, n2).transpose(0, 2, 1, 3).reshape(k1 * n1, k2 * n2)
+        wanted = (weighted @ flat.T).reshape(k1, n1, terms).transpose(2, 0, 1).reshape(terms * k1, n1)
+        return KroneckerSum(least_squares(normal.reshape(terms * k1, -1), wanted).reshape(terms, k1, n1), right)
 
     def arrays(self) -> dict[str, Array]:
         """The constants by role."""
