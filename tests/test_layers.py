@@ -34,12 +34,15 @@ ORDER = """
     problem proposals
     latency building probes
     probe_cache refine budget forms
-    search reporting cascading nesting leveling adaptive
+    search reporting cascading nesting leveling adaptive run
     report
-    frontiers
+    frontiers deciding
+    finishing sweeping
+    multilevel
     passes
     pipeline
     cli
+    __main__
 """
 
 LEVELS = [line.split() for line in ORDER.splitlines() if line.strip()]

@@ -1,0 +1,158 @@
+"""What to do with every layer: observe, propose, probe, allocate or search, refine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lowrank_onnx.base import Candidate, Counts, Moments, RankWish, Site
+from lowrank_onnx.budget import Damage, Selection, carry_out, meet_budget, reasons_for_kept, saving, with_factors
+from lowrank_onnx.building import Choice
+from lowrank_onnx.cache import open_cache
+from lowrank_onnx.errors import LowRankError, TargetError
+from lowrank_onnx.forms import quickest
+from lowrank_onnx.latency import latency_saving, measure_latencies
+from lowrank_onnx.probe_cache import cached_probe
+from lowrank_onnx.probes import Curve, damage_of
+from lowrank_onnx.proposals import Proposal, filter_sites, propose, with_work
+from lowrank_onnx.refine import refine as refine_factors
+from lowrank_onnx.run import Run
+from lowrank_onnx.search import reach_speedup, stay_within
+from lowrank_onnx.target import BUDGETS, Target
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """What was decided and carried out, and why the rest was kept."""
+
+    selection: Selection
+    refusals: Mapping[str, str]
+
+
+def decide(run: Run, target: Target) -> Planned:
+    """Choose candidates that meet a target, and carry them out.
+
+    Raises:
+        TargetError: The target cannot be met.
+    """
+    problem, settings = run.problem, run.settings
+    searched = settings.minimize if target.kind == "max_drop" else target.kind
+    working = searched in ("keep_macs", "speedup", "latency", "macs")
+    sites, proposals, refusals = offers(run, run.observe(), target.option, working, target.rank)
+    if target.kind in BUDGETS and target.kind != "keep_macs":
+        with run.clock.step("time"):
+            proposals = quickest(problem, proposals, open_cache(settings.cache), run.progress)
+    damage = probed(run, proposals) if target.kind != "rank" else damage_of(proposals, {})
+
+    def finish(selection: Selection) -> Selection:
+        return refined(run, selection, sites)
+
+    if target.kind == "rank":
+        selection = finish(carry_out(problem, _first_of_each(proposals)))
+        kept = "another technique took it"
+    elif target.kind in BUDGETS:
+        with run.clock.step("allocate"):
+            selection = meet_budget(problem, proposals, damage, target.kind, target.value)
+        del proposals, damage  # the analyses of what is not chosen take hundreds of megabytes of a large model
+        selection = finish(selection)
+        kept = "dense is the better use of the budget: other layers lose less"
+    else:
+        value = _value(run, target, proposals)
+        with run.clock.step("search"):
+            if target.kind == "speedup":
+                selection = reach_speedup(problem, proposals, damage, value, target.value, finish, run.progress)
+            else:
+                unit = settings.minimize
+                selection = stay_within(problem, proposals, damage, value, unit, target.value, finish, run.progress)
+        kept = "dense is better: too little to gain for what it would lose"
+    return Planned(selection, reasons_for_kept(problem.sites, selection.choices, refusals, kept))
+
+
+def offers(
+    run: Run,
+    statistics: Mapping[str, Mapping[str, Moments | Counts]],
+    option: str,
+    working: bool,
+    wish: RankWish | None = None,
+) -> tuple[list[Site], list[Proposal], dict[str, str]]:
+    """Ask every technique in use at every layer that may change.
+
+    Args:
+        run: The run.
+        statistics: What was observed.
+        option: The target as the command line spells it, for errors.
+        working: Leave out what takes no multiply-accumulates.
+        wish: ``--rank``; None asks for every rank on the grid.
+
+    Returns:
+        The layers asked, what is offered, and why there is nothing at the others.
+
+    Raises:
+        TargetError: There is nothing at all.
+    """
+    settings = run.settings
+    sites, reasons = filter_sites(run.problem.sites, settings.include, settings.exclude)
+    if working:
+        sites, idle = with_work(sites)
+        reasons |= idle
+    with run.clock.step("propose"):
+        proposals, refusals = propose(sites, settings.techniques, statistics, wish, settings.jobs)
+    reasons |= refusals
+    if not proposals and wish is not None and wish.selector is not None:
+        raise LowRankError(f"{option} is no selector of the techniques in use ({_summary(reasons)})")
+    if not proposals:
+        raise TargetError(f"{option} cannot be met: no layer can be factorized ({_summary(reasons)})")
+    return sites, proposals, reasons
+
+
+def probed(run: Run, proposals: Sequence[Proposal]) -> Damage:
+    """The damage of every candidate: probed on the model's output where there are data, local otherwise."""
+    curves: Mapping[int, Curve] = {}
+    if run.problem.calibrate is not None:
+        with run.clock.step("probe"):
+            cache = open_cache(run.settings.cache)
+            curves = cached_probe(run.problem, proposals, run.settings.mask, cache, run.progress)
+    return damage_of(proposals, curves)
+
+
+def refined(run: Run, selection: Selection, sites: Sequence[Site]) -> Selection:
+    """Refit; of the layers that were kept, those among ``sites`` may get other weights."""
+    problem, settings = run.problem, run.settings
+    if not settings.refine or problem.calibrate is None:
+        return selection
+    with run.clock.step("refine"):
+        factors = selection.built.factors
+        found = refine_factors(problem, selection.choices, factors, settings.mask, run.progress, sites)
+        return with_factors(problem, found.choices, found.factors, found.notes, found.kept)
+
+
+def _value(run: Run, target: Target, proposals: Sequence[Proposal]) -> Callable[[Site, Candidate], float]:
+    """What a candidate is worth to a search: microseconds, or a unit of a budget."""
+    unit = "latency" if target.kind == "speedup" else run.settings.minimize
+    if unit == "latency":
+        run.problem.require_feeds(target.option)
+        with run.clock.step("time"):
+            curves = measure_latencies(run.problem, proposals, open_cache(run.settings.cache), run.progress)
+        return latency_saving(proposals, curves)
+    return lambda site, candidate: saving(site, candidate, f"keep_{unit}")
+
+
+def _first_of_each(proposals: Sequence[Proposal]) -> list[Choice]:
+    """For a fixed rank: at every site the technique with the least error."""
+    best: dict[str, Choice] = {}
+    for entry in proposals:
+        choice = Choice(entry, entry.candidates[0])
+        name = entry.site.name
+        if not entry.site.parts and (name not in best or choice.candidate.error < best[name].candidate.error):
+            best[name] = choice
+    return list(best.values())
+
+
+def _summary(reasons: Mapping[str, str]) -> str:
+    """The reasons for keeping layers, the frequent ones first."""
+    counts: dict[str, int] = {}
+    for text in reasons.values():
+        counts[text] = counts.get(text, 0) + 1
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    told = "; ".join(f"{count} × {text}" if count > 1 else text for text, count in ranked[:3])
+    return told or "the model has no weights of a kind the techniques know"

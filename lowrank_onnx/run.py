@@ -1,0 +1,84 @@
+"""What goes through every step of a run: the problem, the options, the clock, and where progress is told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from lowrank_onnx.base import Counts, Moments, Pass
+from lowrank_onnx.problem import Problem
+from lowrank_onnx.statistics import Progress, observe
+
+
+class Clock:
+    """Seconds by step."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Add the time of a block to a step."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def total(self) -> dict[str, float]:
+        """All steps, and the time since the clock was made."""
+        return {"total": time.perf_counter() - self.start, **self.seconds}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a run that decide what comes out, besides model, data and target.
+
+    Attributes:
+        techniques: Those in use, configured.
+        include, exclude: Patterns of node names.
+        mask: Input that marks real rows.
+        jobs: Workers for decompositions.
+        refine: Refit the factors on what the compressed model delivers.
+        augment: Calibrate text on samples with exchanged tokens as well.
+        minimize: What ``max_drop`` makes as small as it can: latency, macs, size or params.
+        cache: Use and keep what was measured in earlier runs.
+    """
+
+    techniques: tuple[Pass, ...]
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    mask: str | None = None
+    jobs: int = 1
+    refine: bool = True
+    augment: bool = True
+    minimize: str = "latency"
+    cache: bool = True
+
+    @property
+    def matrices(self) -> bool:
+        """Whether a technique takes attention without its layers."""
+        return any(entry.name == "nystrom" for entry in self.techniques)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run of the tool on one model."""
+
+    problem: Problem
+    settings: Settings
+    clock: Clock = field(default_factory=Clock)
+    progress: Progress | None = None
+
+    def observe(self) -> dict[str, dict[str, Moments | Counts]]:
+        """Statistics by site and input, on the calibration data; empty without."""
+        problem = self.problem
+        if problem.training is None:
+            return {}
+        with self.clock.step("observe"):
+            copies = len(problem.training) - len(problem.calibrate or ())
+            data, mask = problem.training, self.settings.mask
+            return observe(problem.model, problem.sites, data, problem.runtime, mask, self.progress, copies)
