@@ -17,6 +17,7 @@ import numpy as np
 from lowrank_onnx.base import Pass
 from lowrank_onnx.cache import open_cache
 from lowrank_onnx.latency import measure_latencies
+from lowrank_onnx.passes.blast import BlastPass
 from lowrank_onnx.passes.block import Block
 from lowrank_onnx.passes.hierarchical import Hierarchical
 from lowrank_onnx.passes.kronecker import Kronecker
@@ -29,7 +30,8 @@ from lowrank_onnx.statistics import observe
 from lowrank_onnx.structures import SHARE, STRUCTURES, WIDEST, errors_at
 
 TIMED: tuple[Pass, ...] = (
-    SVD(), Block(form="rows"), Block(form="columns"), Block(form="diagonal"), Monarch(), Kronecker(), Hierarchical(),
+    SVD(), Block(form="rows"), Block(form="columns"), Block(form="diagonal"), Monarch(), Kronecker(),
+    Hierarchical(), BlastPass(),
 )  # fmt: skip
 
 

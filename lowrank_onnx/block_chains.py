@@ -1,4 +1,4 @@
-"""Nodes that carry out a sum of block-diagonal chains, or a sum of Kronecker products, for one linear layer.
+"""Nodes that carry out a structured matrix: block-diagonal chains, Kronecker products, blocks with shared bases.
 
 Blocks are cut with Split and multiplied one by one: on ONNX Runtime's CPU that beats one batched product, whose
 constants are not packed ahead.
@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 
 from lowrank_onnx.base import Replacement, Site, Use
 from lowrank_onnx.chains import store
+from lowrank_onnx.decompositions.blast import Blast, cuts
 from lowrank_onnx.decompositions.block_sum import BlockSum, Stage
 from lowrank_onnx.decompositions.kronecker import KroneckerSum
 from lowrank_onnx.linalg import Array
@@ -127,6 +128,27 @@ def kronecker_chain(site: Site, use: Use, made: KroneckerSum, bias: Array | None
     stacked = made.left.transpose(2, 1, 0).reshape(n1, k1 * terms)
     value = nodes.add("MatMul", [nodes.constant("left", store(stacked, site)), value], "left")
     return _finish(nodes, nodes.reshape(value, [*kept, n1 * n2], "join"), bias)
+
+
+def blast_chain(site: Site, use: Use, made: Blast, bias: Array | None) -> Replacement:
+    """Replace one use of a linear site by blocks with shared bases."""
+    nodes, value = _start(site, use)
+    rows, columns, _ = made.scales.shape
+    pieces = nodes.split(value, [end - begin for begin, end in cuts(len(made.first), rows)], "split")
+    thin = [
+        nodes.product(piece, made.first[begin:end], f"first.{place}")
+        for place, (piece, (begin, end)) in enumerate(zip(pieces, cuts(len(made.first), rows), strict=True))
+    ]
+    ends = []
+    for column, (begin, end) in enumerate(cuts(made.second.shape[1], columns)):
+        scaled = []
+        for row, part in enumerate(thin):
+            numbers = made.scales[row, column]
+            factor = nodes.constant(f"scale.{row}.{column}", store(numbers[:, None] if nodes.left else numbers, site))
+            scaled.append(nodes.add("Mul", [part, factor], f"scale.{row}.{column}"))
+        mixed = nodes.add("Sum", scaled, f"mix.{column}")
+        ends.append(nodes.product(mixed, made.second[:, begin:end], f"second.{column}"))
+    return _finish(nodes, nodes.add("Concat", ends, "concat", axis=nodes.axis), bias)
 
 
 def _start(site: Site, use: Use) -> tuple[_Nodes, gs.Tensor]:

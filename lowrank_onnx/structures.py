@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 
+from lowrank_onnx.decompositions.blast import Blast, blast
 from lowrank_onnx.decompositions.block import block_diagonal, block_grid, block_low_rank
 from lowrank_onnx.decompositions.block_sum import BlockSum
 from lowrank_onnx.decompositions.hierarchical import hodlr, hodlr_parameters
@@ -24,7 +25,7 @@ WIDEST = 4096  # layers wider than this would take minutes
 _UNKNOWNS = 2048  # of the Kronecker factors that are fitted together
 
 Orders = tuple[Array | None, Array | None]
-Made = BlockSum | KroneckerSum
+Made = BlockSum | KroneckerSum | Blast
 
 
 def errors_at(weight: Array, gram: Array, budget: int) -> dict[str, float | None]:
@@ -87,6 +88,13 @@ def _kronecker(weight: Array, metric: Array, budget: int) -> Iterator[Array]:
             yield (made.refitted(weight, metric) if fitted else made).dense()
 
 
+def _blast(weight: Array, metric: Array, budget: int) -> Iterator[Array]:
+    for blocks in _GROUPS:
+        rank = min(budget // (sum(weight.shape) + blocks * blocks), *weight.shape)
+        if rank and blocks <= min(weight.shape):
+            yield blast(weight, metric, (blocks, blocks), rank).dense()
+
+
 def _hierarchical(weight: Array, metric: Array, budget: int) -> Iterator[Array]:
     for groups, (rows, columns) in _ordered(weight, metric):
         depth = int(np.log2(groups))
@@ -102,6 +110,7 @@ STRUCTURES: dict[str, Callable[[Array, Array, int], Iterator[Array]]] = {
     "monarch": _monarch,
     "kronecker": _kronecker,
     "hierarchical": _hierarchical,
+    "blast": _blast,
 }
 
 

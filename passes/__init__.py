@@ -1,6 +1,7 @@
 """The techniques, in the order in which they are offered. A new one is a file here and a line below."""
 
 from lowrank_onnx.base import Pass
+from lowrank_onnx.passes.blast import BlastPass
 from lowrank_onnx.passes.block import Block
 from lowrank_onnx.passes.channel import Channel
 from lowrank_onnx.passes.cp import CP
@@ -45,6 +46,7 @@ PASSES: tuple[type[Pass], ...] = (
     Monarch,
     Kronecker,
     Hierarchical,
+    BlastPass,
 )
 
 __all__ = ["PASSES"]

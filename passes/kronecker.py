@@ -44,11 +44,12 @@ class Kronecker(StructuredPass):
 
     def refuse(self, site: Site) -> str | None:
         """See Pass.refuse."""
-        if site.attributes["side"] == "left":
+        refusal = super().refuse(site)
+        if refusal is None and site.attributes["side"] == "left":
             return "kronecker takes weights on the right of the data"
-        if any(use.input_shape is None for use in site.uses):
+        if refusal is None and any(use.input_shape is None for use in site.uses):
             return "the number of axes of the input is not known"
-        return super().refuse(site)
+        return refusal
 
     def forms(self, site: Site) -> Sequence[Any]:
         """See StructuredPass.forms."""

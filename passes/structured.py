@@ -16,12 +16,13 @@ import numpy as np
 from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish, Replacement, Site, Use
 from lowrank_onnx.block_chains import FIRST_OPSET, block_chain
 from lowrank_onnx.chains import store
+from lowrank_onnx.decompositions.blast import Blast
 from lowrank_onnx.decompositions.block_sum import BlockSum, from_arrays
 from lowrank_onnx.decompositions.kronecker import KroneckerSum
 from lowrank_onnx.linalg import Array, regression, with_ridge
 from lowrank_onnx.passes.svd import pooled
 
-Structure = BlockSum | KroneckerSum
+Structure = BlockSum | KroneckerSum | Blast
 _OFFERED = 8  # ranks at most; each one is a fit of its own
 
 

@@ -1,0 +1,93 @@
+"""What the structured techniques refuse, each with its reason."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from onnx import ModelProto
+
+from lowrank_onnx import compress
+from lowrank_onnx.errors import LowRankError, TargetError
+from lowrank_onnx.passes.blast import BlastPass
+from lowrank_onnx.passes.block import Block
+from lowrank_onnx.passes.hierarchical import Hierarchical
+from lowrank_onnx.passes.kronecker import Kronecker
+from lowrank_onnx.passes.monarch import Monarch
+from lowrank_onnx.passes.structured import StructuredPass
+from tests.builders import build, falling, problem
+
+ALL = (Block, Monarch, Kronecker, Hierarchical, BlastPass)
+every = pytest.mark.parametrize("technique", ALL, ids=lambda kind: str(kind.name))
+
+
+def product(rows: int, columns: int, opset: int = 17) -> ModelProto:
+    text = f"g (float[n,{rows}] x) => (float[n,{columns}] y) {{ y = MatMul(x, w) }}"
+    return build(text, {"w": falling(rows, columns)}, opset=opset)
+
+
+def reason(technique: type[StructuredPass], proto: ModelProto) -> str:
+    (site,) = problem(proto).sites
+    found = technique().refuse(site)
+    assert found is not None
+    return found
+
+
+@every
+def test_narrow_layers(technique: type[StructuredPass]) -> None:
+    assert "one side of the weight is 3" in reason(technique, product(16, 3))
+
+
+@every
+def test_old_operator_sets(technique: type[StructuredPass]) -> None:
+    assert "operator set 11, the model has 9" in reason(technique, product(32, 32, opset=9))
+
+
+@every
+def test_stacks(technique: type[StructuredPass]) -> None:
+    stack = np.stack([falling(16, 20), falling(16, 20)])
+    proto = build("g (float[2,n,16] x) => (float[2,n,20] y) { y = MatMul(x, w) }", {"w": stack})
+    assert "one matrix, not a stack" in reason(technique, proto)
+
+
+@every
+def test_added_tensors_that_gemm_scales(technique: type[StructuredPass]) -> None:
+    proto = build(
+        "g (float[n,32] x, float[n,32] c) => (float[n,32] y) { y = Gemm<beta=0.5>(x, w, c) }", {"w": falling(32, 32)}
+    )
+    assert "scales a tensor it adds" in reason(technique, proto)
+
+
+@pytest.mark.parametrize("technique", [Block, Monarch], ids=lambda kind: str(kind.name))
+def test_layers_too_small_for_any_form(technique: type[StructuredPass]) -> None:
+    assert "of a 5 x 5 weight is smaller than the weight" in reason(technique, product(5, 5))
+
+
+def test_sides_that_are_prime_have_no_kronecker_form() -> None:
+    assert "no form of kronecker of a 13 x 17 weight" in reason(Kronecker, product(13, 17))
+
+
+def test_kronecker_takes_weights_on_the_right() -> None:
+    proto = build("g (float[16,n] x) => (float[32,n] y) { y = MatMul(w, x) }", {"w": falling(32, 16)})
+    assert "on the right of the data" in reason(Kronecker, proto)
+
+
+@pytest.mark.parametrize(
+    ("technique", "told"),
+    [
+        ("block:form=diamond", "form must be auto"),
+        ("block:blocks=1", "at least 2"),
+        ("monarch:groups=1", "groups must be 0 or at least 2"),
+        ("hierarchical:leaf=0", "leaf must be at least 1"),
+        ("kronecker:ridge=-1", "ridge must not be negative"),
+        ("blast:blocks=1", "blocks must be 0 or at least 2"),
+    ],
+)
+def test_options_out_of_range(technique: str, told: str) -> None:
+    with pytest.raises(LowRankError, match=told):
+        compress(product(32, 32), rank=0.5, technique=[technique])
+
+
+@every
+def test_a_model_without_suited_layers_tells_why(technique: type[StructuredPass]) -> None:
+    with pytest.raises(TargetError, match=r"no layer can be factorized .*one side of the weight is 3"):
+        compress(product(16, 3), keep_params=0.5, technique=[technique.name])
