@@ -105,7 +105,7 @@ def _steps(problem: Problem, augmented: Problem) -> list[tuple[str, Callable[[fl
     @functools.cache
     def offered(*passes: Pass, of: Problem = problem, data: bool = True) -> list[Proposal]:
         chosen = [site for site in of.sites if site.kind in kinds]
-        return propose(chosen, list(passes), moments(of) if data else {}, None, 1)[0]
+        return propose(chosen, list(passes), moments(of) if data else {}, None)[0]
 
     def allocated(*passes: Pass, probed: bool = True, of: Problem = problem) -> Callable[[float], Selection]:
         def decide(share: float) -> Selection:

@@ -71,7 +71,7 @@ def _row(
 ) -> list[list[str]]:
     """One line per budget."""
     start = perf_counter()
-    proposals, _ = propose(problem.sites, passes, moments if ours else {}, None, 1)
+    proposals, _ = propose(problem.sites, passes, moments if ours else {}, None)
     damage = damage_of(proposals, cached_probe(problem, proposals, None, Cache(None), None))
     common = perf_counter() - start
     lines = []

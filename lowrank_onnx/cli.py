@@ -74,7 +74,10 @@ _runtime = _options(
     click.option("--shape", multiple=True, metavar="NAME=1,128", help="Fixes a dynamic input. May repeat."),
 )
 _seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Same seed, same bytes out.")
-_jobs = click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Local workers.")
+_jobs = _options(
+    click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Local workers."),
+    click.option("--scheduler", metavar="URL", help="A Dask cluster whose workers decompose: tcp://host:8786."),
+)
 _refine = click.option(
     "--no-refine", "refine", is_flag=True, flag_value=False, default=True, help="Do not refit the factors."
 )

@@ -96,7 +96,7 @@ def offers(
         sites, idle = with_work(sites)
         reasons |= idle
     with run.clock.step("propose"):
-        proposals, refusals = propose(sites, settings.techniques, statistics, wish, settings.jobs)
+        proposals, refusals = propose(sites, settings.techniques, statistics, wish, settings.workers)
     reasons |= refusals
     if not proposals and wish is not None and wish.selector is not None:
         raise LowRankError(f"{option} is no selector of the techniques in use ({_summary(reasons)})")

@@ -28,7 +28,7 @@ from lowrank_onnx.plans import check_model, check_plan, chosen_rows, read_plan
 from lowrank_onnx.probe_cache import cached_probe
 from lowrank_onnx.probes import Curve
 from lowrank_onnx.problem import Data, Problem, Source, open_model, pose, read_data
-from lowrank_onnx.proposals import Proposal, propose
+from lowrank_onnx.proposals import Proposal, decompose, propose
 from lowrank_onnx.reporting import benchmark_report, inspect_report, validate_report
 from lowrank_onnx.run import Clock, Run, Settings
 from lowrank_onnx.runtime import Runtime, input_specs, open_session
@@ -38,6 +38,7 @@ from lowrank_onnx.sweeping import write_sweep
 from lowrank_onnx.target import BUDGETS, OBJECTIVES, read_target
 from lowrank_onnx.threads import few_threads
 from lowrank_onnx.validation import benchmark as time_models
+from lowrank_onnx.workers import Workers
 
 __all__ = ["Result", "apply", "benchmark", "compress", "inspect", "passes", "plan", "sweep", "validate"]
 
@@ -94,6 +95,7 @@ def compress(
     shape: Sequence[str] = (),
     seed: int = 0,
     jobs: int = 1,
+    scheduler: str | None = None,
     refine: bool = True,
     augment: bool = True,
     minimize: str = "latency",
@@ -125,7 +127,8 @@ def compress(
         provider, threads: Where the model runs; 0 threads leaves the number to onnxruntime.
         shape: ``NAME=1,128``, for shapes and timing.
         seed: Same seed, same bytes.
-        jobs: Workers for decompositions.
+        jobs: Processes that decompose.
+        scheduler: Address of a Dask scheduler whose workers decompose instead, ``tcp://host:8786``.
         refine: Refit the factors on what the compressed model delivers; needs calibration data.
         augment: Where the data show little of a vocabulary, calibrate on copies with exchanged tokens as well.
         minimize: What ``max_drop`` makes as small as it can: ``latency``, ``macs``, ``size`` or ``params``.
@@ -160,7 +163,15 @@ def compress(
         raise LowRankError(f"minimize must be one of {', '.join(OBJECTIVES)}, got '{minimize}'")
     # A typing error must not wait for the data.
     settings = Settings(
-        techniques_of(technique), tuple(include), tuple(exclude), mask, jobs, refine, augment, minimize, cache
+        techniques_of(technique),
+        tuple(include),
+        tuple(exclude),
+        mask,
+        Workers(jobs, scheduler),
+        refine,
+        augment,
+        minimize,
+        cache,
     )
     names = None if labels is None else read_labels(labels)
     clock = Clock()
@@ -219,6 +230,7 @@ def apply(
     threads: int = 0,
     shape: Sequence[str] = (),
     jobs: int = 1,
+    scheduler: str | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Carry out a plan, as ``compress`` did or as somebody edited it.
@@ -251,7 +263,7 @@ def apply(
     settings = Settings(
         techniques_of(setting.get("techniques", ())),
         mask=setting.get("mask"),
-        jobs=jobs,
+        workers=Workers(jobs, scheduler),
         refine=bool(setting.get("refine", True)),
         augment=bool(setting.get("augment", True)),
     )
@@ -281,7 +293,7 @@ def apply(
     run = Run(problem, settings, clock, progress)
     statistics = run.observe()
     with clock.step("propose"):
-        choices = [_choice_of(row, problem.by_name, settings, statistics) for row in rows]
+        choices = _choices_of(rows, problem.by_name, settings, statistics)
     if not choices:
         raise PlanError("the plan keeps every layer; there is nothing to apply")
     with clock.step("rewrite"):
@@ -295,20 +307,31 @@ def apply(
     return finish(run, read_target(setting.get("target", {})), Planned(selection, kept))
 
 
-def _choice_of(
-    row: Mapping[str, Any], sites: Mapping[str, Site], settings: Settings, statistics: Mapping[str, Mapping[str, Any]]
-) -> Choice:
-    site, name, ranks = sites[row["site"]], str(row.get("technique")), tuple(row["ranks"])
-    named = [entry for entry in settings.techniques if entry.name == name]
-    technique = named[0] if named else read_technique(name)
-    if site.kind not in technique.kinds:
-        raise PlanError(f"technique '{name}' does not take site '{site.name}' of kind {site.kind}")
-    refusal = technique.refuse(site) or technique.check_ranks(site, ranks)
-    if refusal:
-        raise PlanError(f"plan gives site '{site.name}' {list(site.shape)} {name} at ranks {list(ranks)}: {refusal}")
-    analysis = technique.analyse(site, statistics.get(site.name))
-    candidate = technique.candidate(site, analysis, ranks)
-    return Choice(Proposal(site, technique, analysis, (candidate,)), candidate)
+def _choices_of(
+    rows: Sequence[Mapping[str, Any]],
+    sites: Mapping[str, Site],
+    settings: Settings,
+    statistics: Mapping[str, Mapping[str, Any]],
+) -> list[Choice]:
+    """The choices a plan names, checked before anything is decomposed."""
+    calls = []
+    for row in rows:
+        site, name, ranks = sites[row["site"]], str(row.get("technique")), tuple(row["ranks"])
+        named = [entry for entry in settings.techniques if entry.name == name]
+        technique = named[0] if named else read_technique(name)
+        if site.kind not in technique.kinds:
+            raise PlanError(f"technique '{name}' does not take site '{site.name}' of kind {site.kind}")
+        refusal = technique.refuse(site) or technique.check_ranks(site, ranks)
+        if refusal:
+            raise PlanError(
+                f"plan gives site '{site.name}' {list(site.shape)} {name} at ranks {list(ranks)}: {refusal}"
+            )
+        calls.append((site, technique, statistics.get(site.name), ranks))
+    answers = settings.workers.run(decompose, calls)
+    return [
+        Choice(Proposal(site, technique, analysis, (candidate,)), candidate)
+        for (site, technique, _, _), (analysis, candidate) in zip(calls, answers, strict=True)
+    ]
 
 
 @few_threads
@@ -323,6 +346,7 @@ def inspect(
     shape: Sequence[str] = (),
     seed: int = 0,
     jobs: int = 1,
+    scheduler: str | None = None,
     augment: bool = True,
     cache: bool = True,
     structure: bool = False,
@@ -333,11 +357,11 @@ def inspect(
     With calibration data, also what factorizing each layer alone does to the model's output. With ``structure``,
     the error that each structure reaches at every linear layer with half of its parameters.
     """
-    settings = Settings(techniques_of(technique), mask=mask, jobs=jobs)
+    settings = Settings(techniques_of(technique), mask=mask, workers=Workers(jobs, scheduler))
     runtime = Runtime(provider, threads)
     problem = pose(model, runtime, calibrate, None, None, shape, seed, mask, augment, matrices=settings.matrices)
     statistics = Run(problem, settings, progress=progress).observe()
-    proposals, reasons = propose(problem.sites, settings.techniques, statistics, None, jobs)
+    proposals, reasons = propose(problem.sites, settings.techniques, statistics, None, settings.workers)
     curves: Mapping[int, Curve] = {}
     if problem.calibrate is not None:
         curves = cached_probe(problem, proposals, mask, open_cache(cache), progress)
@@ -452,6 +476,7 @@ def sweep(
     shape: Sequence[str] = (),
     seed: int = 0,
     jobs: int = 1,
+    scheduler: str | None = None,
     refine: bool = True,
     augment: bool = True,
     cache: bool = True,
@@ -477,7 +502,14 @@ def sweep(
     clock = Clock()
     targets = [read_target({f"keep_{by}": budget}) for budget in sorted(set(budgets), reverse=True)]
     settings = Settings(
-        techniques_of(technique), tuple(include), tuple(exclude), mask, jobs, refine, augment, cache=cache
+        techniques_of(technique),
+        tuple(include),
+        tuple(exclude),
+        mask,
+        Workers(jobs, scheduler),
+        refine,
+        augment,
+        cache=cache,
     )
     problem = pose(
         model,

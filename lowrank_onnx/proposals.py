@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import joblib
-
 from lowrank_onnx.base import Candidate, Pass, RankWish, Site
 from lowrank_onnx.errors import LowRankError
+from lowrank_onnx.workers import HERE, Workers
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +76,7 @@ def propose(
     passes: Sequence[Pass],
     statistics: Mapping[str, Mapping[str, Any]],
     wish: RankWish | None,
-    jobs: int,
+    workers: Workers = HERE,
 ) -> tuple[list[Proposal], dict[str, str]]:
     """Analyse every site with every technique that takes it.
 
@@ -86,7 +85,7 @@ def propose(
         passes: The techniques.
         statistics: Moments by site; a site without any is judged by its weight alone.
         wish: ``--rank``; None offers every rank on the grid.
-        jobs: Workers.
+        workers: Who decomposes.
 
     Returns:
         Proposals with at least one candidate, and a reason for every site without any.
@@ -101,8 +100,8 @@ def propose(
         elif all(refusals.values()):
             reasons[site.name] = "; ".join(dict.fromkeys(text for text in refusals.values() if text))
         tasks += [(site, entry) for entry in suited if not refusals[entry.name]]
-    work = (joblib.delayed(_propose)(site, entry, statistics.get(site.name), wish) for site, entry in tasks)
-    answers = joblib.Parallel(n_jobs=jobs)(work)
+    calls = ((site, entry, statistics.get(site.name), wish) for site, entry in tasks)
+    answers = workers.run(_propose, calls)
     proposals = []
     for (site, _), answer in zip(tasks, answers, strict=True):
         if isinstance(answer, str):
@@ -135,3 +134,11 @@ def _propose(site: Site, technique: Pass, moments: Mapping[str, Any] | None, wis
             return spelled
         ranks = [spelled]
     return Proposal(site, technique, analysis, tuple(technique.candidate(site, analysis, rank) for rank in ranks))
+
+
+def decompose(
+    site: Site, technique: Pass, moments: Mapping[str, Any] | None, ranks: tuple[int, ...]
+) -> tuple[Any, Candidate]:
+    """Analyse one site and form the candidate at some ranks."""
+    analysis = technique.analyse(site, moments)
+    return analysis, technique.candidate(site, analysis, ranks)

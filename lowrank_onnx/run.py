@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from lowrank_onnx.base import Counts, Moments, Pass
 from lowrank_onnx.problem import Problem
 from lowrank_onnx.statistics import Progress, observe
+from lowrank_onnx.workers import HERE, Workers
 
 
 class Clock:
@@ -41,7 +42,7 @@ class Settings:
         techniques: Those in use, configured.
         include, exclude: Patterns of node names.
         mask: Input that marks real rows.
-        jobs: Workers for decompositions.
+        workers: Who decomposes.
         refine: Refit the factors on what the compressed model delivers.
         augment: Calibrate text on samples with exchanged tokens as well.
         minimize: What ``max_drop`` makes as small as it can: latency, macs, size or params.
@@ -52,7 +53,7 @@ class Settings:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     mask: str | None = None
-    jobs: int = 1
+    workers: Workers = HERE
     refine: bool = True
     augment: bool = True
     minimize: str = "latency"

@@ -15,6 +15,7 @@ PACKAGE = Path(lowrank_onnx.__file__).parent
 # From the bottom up; what stands on one line does not see each other. A new module takes its place here.
 ORDER = """
     version errors threads
+    workers
     linalg
     decompositions
     data cache labels structures
