@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 
 from lowrank_onnx.errors import LowRankError
 from lowrank_onnx.linalg import Array
+from lowrank_onnx.selectors import Selector
 
 KINDS = (
     "linear",
@@ -322,13 +323,13 @@ class RankWish:
         absolute: The rank itself; clipped to full rank.
         fraction: Share of full rank, in (0, 1].
         energy: Share of the squared spectrum to keep, in (0, 1]; only where the factors are smaller.
-        selector: Name of a rule a pass offers.
+        selector: A rule that reads the rank off the spectrum.
     """
 
     absolute: int | None = None
     fraction: float | None = None
     energy: float | None = None
-    selector: str | None = None
+    selector: Selector | None = None
 
     def ranks(self, full: int) -> int:
         """Rank for an absolute or fractional wish at a weight of full rank ``full``."""

@@ -9,7 +9,7 @@ from lowrank_onnx.base import Candidate, Counts, Moments, RankWish, Site
 from lowrank_onnx.budget import Damage, Selection, carry_out, meet_budget, reasons_for_kept, saving, with_factors
 from lowrank_onnx.building import Choice
 from lowrank_onnx.cache import open_cache
-from lowrank_onnx.errors import LowRankError, TargetError
+from lowrank_onnx.errors import TargetError
 from lowrank_onnx.forms import quickest
 from lowrank_onnx.latency import latency_saving, measure_latencies
 from lowrank_onnx.probe_cache import cached_probe
@@ -98,8 +98,6 @@ def offers(
     with run.clock.step("propose"):
         proposals, refusals = propose(sites, settings.techniques, statistics, wish, settings.workers)
     reasons |= refusals
-    if not proposals and wish is not None and wish.selector is not None:
-        raise LowRankError(f"{option} is no selector of the techniques in use ({_summary(reasons)})")
     if not proposals:
         raise TargetError(f"{option} cannot be met: no layer can be factorized ({_summary(reasons)})")
     return sites, proposals, reasons

@@ -9,6 +9,7 @@ from typing import Any
 
 from lowrank_onnx.base import RankWish
 from lowrank_onnx.errors import LowRankError
+from lowrank_onnx.selectors import read_selector
 
 BUDGETS = ("keep_params", "keep_macs", "keep_size")
 KINDS = (*BUDGETS, "speedup", "max_drop", "rank")
@@ -79,12 +80,12 @@ def read_target(wishes: Mapping[str, Any]) -> Target:
 
 
 def read_rank(text: str) -> RankWish:
-    """Read ``64``, ``0.25``, ``energy=0.95`` or the name of a selector.
+    """Read ``64``, ``0.25``, ``energy=0.95`` or a selector such as ``evbmf:weaken=0.3``.
 
     Raises:
         LowRankError: It is none of these, or out of range.
     """
-    expected = "an integer ≥ 1, a fraction in (0, 1] such as 0.25, energy=0.95, or a selector a technique offers"
+    expected = "an integer ≥ 1, a fraction in (0, 1] such as 0.25, energy=0.95, or a selector such as evbmf"
     name, _, value = text.partition("=")
     try:
         if name == "energy" and value:
@@ -98,8 +99,8 @@ def read_rank(text: str) -> RankWish:
             return RankWish(absolute=int(text))
         fraction = float(text)
     except ValueError as error:
-        if name.isidentifier() and name != "energy":
-            return RankWish(selector=text)
+        if text.partition(":")[0].isidentifier() and name != "energy":
+            return RankWish(selector=read_selector(text))
         raise LowRankError(f"--rank must be {expected}; got '{text}'") from error
     if not 0 < fraction <= 1:
         raise LowRankError(f"--rank as a fraction of full rank must be in (0, 1], got {text}")

@@ -1,6 +1,7 @@
 """The techniques, in the order in which they are offered. A new one is a file here and a line below."""
 
 from lowrank_onnx.base import Pass
+from lowrank_onnx.passes.bayesian import Bayesian
 from lowrank_onnx.passes.blast import BlastPass
 from lowrank_onnx.passes.block import Block
 from lowrank_onnx.passes.channel import Channel
@@ -41,6 +42,7 @@ PASSES: tuple[type[Pass], ...] = (
     GroupedEmbedding,
     Tied,
     NMF,
+    Bayesian,
     Nystrom,
     Block,
     Monarch,

@@ -25,9 +25,10 @@ from lowrank_onnx.conv_chains import (
     stored,
 )
 from lowrank_onnx.decompositions.output_metric import gentle_solve, layer_output
-from lowrank_onnx.linalg import Array, psd_root, right_basis
+from lowrank_onnx.linalg import Array, psd_root, right_basis, with_ridge
 from lowrank_onnx.passes.svd import pooled
 from lowrank_onnx.patches import as_linear, as_matrix, blocks_of, unseen
+from lowrank_onnx.selectors import Selector
 
 MOST_RANKS = 12  # of one site; between them the error hardly changes
 
@@ -224,6 +225,8 @@ class ConvolutionPass(Pass):
 
     def spell_rank(self, site: Site, analysis: Layer, wish: RankWish) -> tuple[int, ...] | str:
         """See Pass.spell_rank."""
+        if wish.selector is not None:
+            return self._evident(site, analysis, wish.selector)
         full = self.full(analysis.shape, analysis.form)
         if wish.energy is None:
             return tuple(wish.ranks(entry) for entry in full)
@@ -232,6 +235,28 @@ class ConvolutionPass(Pass):
             if 1 - error**2 >= wish.energy:
                 return ranks
         return f"no rank on the grid of {self.name} below break-even keeps energy {wish.energy:g}"
+
+    def unfoldings(self, weight: Array, form: Form) -> tuple[Array, ...]:
+        """The matrices of a weight (O, I, *kernel) whose ranks are the ranks of the chain; empty where none are."""
+        return ()
+
+    def _evident(self, site: Site, analysis: Layer, selector: Selector) -> tuple[int, ...] | str:
+        """Ranks by a selector; groups share the largest."""
+        ranks: tuple[int, ...] = ()
+        for target in analysis.targets:
+            found = []
+            for matrix in self.unfoldings(_whitened(target), analysis.form):
+                sigma = np.linalg.svd(matrix, compute_uv=False)
+                entry = selector.rank(sigma, (matrix.shape[0], matrix.shape[1]))
+                if isinstance(entry, str):
+                    return entry
+                found.append(entry)
+            ranks = tuple(map(max, ranks, found)) if ranks else tuple(found)
+        if not ranks:
+            return f"{self.name} offers no selector '{selector.rule}'"
+        if chain_parameters(self._links(site, analysis.form, ranks)) >= site.weight.size:
+            return f"ranks {list(ranks)} of {selector.rule} are past break-even"
+        return ranks
 
     def check_ranks(self, site: Site, ranks: tuple[int, ...]) -> str | None:
         """See Pass.check_ranks."""
@@ -354,6 +379,14 @@ def _of_group(place: int, block: Array, seen: Moments, ridge: float) -> Target:
     if seen.target_cross is None:
         return Target(block, gram, None, None, ridge)
     return Target(block, gram, seen.target_cross[rows, columns].T, seen.target_energy, ridge)
+
+
+def _whitened(target: Target) -> Array:
+    """The weight (O, I, *kernel) in the metric of its patches; itself without data."""
+    if target.gram is None:
+        return target.weight
+    root = psd_root(with_ridge(target.gram, target.ridge))
+    return np.asarray((target.weight.reshape(len(target.weight), -1) @ root).reshape(target.weight.shape))
 
 
 def output_basis(target: Target) -> tuple[Array, Array]:

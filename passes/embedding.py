@@ -100,7 +100,7 @@ class Embedding(Pass):
     def spell_rank(self, site: Site, analysis: RowBasis, wish: RankWish) -> tuple[int, ...] | str:
         """See Pass.spell_rank."""
         if wish.selector is not None:
-            return f"{self.name} offers no selector '{wish.selector}'"
+            return f"{self.name} offers no selector '{wish.selector.rule}'"
         rows, width = analysis.table.shape
         if wish.energy is not None:
             rank, most = energy_rank(analysis.sigma, wish.energy), (rows * width - 1) // (rows + width)

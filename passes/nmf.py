@@ -184,7 +184,7 @@ class NMF(Pass):
     def spell_rank(self, site: Site, analysis: Parts, wish: RankWish) -> tuple[int, ...] | str:
         """See Pass.spell_rank."""
         if wish.selector is not None:
-            return f"{self.name} offers no selector '{wish.selector}'"
+            return f"{self.name} offers no selector '{wish.selector.rule}'"
         if wish.energy is not None:
             return "components that only add up have no spectrum: give a rank or a share of it"
         return (wish.ranks(analysis.exact),)

@@ -160,7 +160,7 @@ class RecurrentPass(Pass):
         """See Pass.spell_rank."""
         full = analysis.basis.full
         if wish.selector is not None:
-            return f"{self.name} offers no selector '{wish.selector}'"
+            return f"{self.name} offers no selector '{wish.selector.rule}'"
         if wish.energy is not None:
             sigmas = (analysis.basis.input_basis.sigma, analysis.basis.state_bases[0].sigma)
             chosen = [min(energy_rank(sigma, wish.energy), most) for sigma, most in zip(sigmas, full, strict=True)]

@@ -82,6 +82,13 @@ class Spatial(ConvolutionPass):
         covered = math.prod(shape[2 + axis] for axis in form)
         return (min(shape[1] * covered, shape[0] * (math.prod(shape[2:]) // covered)),)
 
+    def unfoldings(self, weight: Array, form: Form) -> tuple[Array, ...]:
+        """See ConvolutionPass.unfoldings: the input channels and one part of the kernel, by the rest."""
+        covered = [2 + axis for axis in form]
+        others = [axis for axis in range(2, weight.ndim) if axis not in covered]
+        turned = weight.transpose(1, *covered, 0, *others)
+        return (turned.reshape(math.prod(turned.shape[: 1 + len(covered)]), -1),)
+
     def grid(self, shape: Sequence[int], form: Form, step: int) -> Sequence[tuple[int, ...]]:
         """See ConvolutionPass.grid."""
         return [(rank,) for rank in range(step, self.full(shape, form)[0] + 1, step)]

@@ -197,7 +197,7 @@ class StructuredPass(Pass):
     def spell_rank(self, site: Site, analysis: Fitted, wish: RankWish) -> tuple[int, ...] | str:
         """See Pass.spell_rank."""
         if wish.selector is not None:
-            return f"{self.name} offers no selector '{wish.selector}'"
+            return f"{self.name} offers no selector '{wish.selector.rule}'"
         full = self.full(site.weight.shape, analysis.form)
         if wish.energy is None:
             return (wish.ranks(full),)

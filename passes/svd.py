@@ -18,6 +18,7 @@ from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish
 from lowrank_onnx.chains import balanced, linear_chain, store
 from lowrank_onnx.decompositions.svd import LowRankBasis, data_aware, plain, regressed
 from lowrank_onnx.linalg import Array, energy_rank
+from lowrank_onnx.selectors import Selector
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,13 +147,24 @@ class SVD(Pass):
     def spell_rank(self, site: Site, analysis: Spectrum, wish: RankWish) -> tuple[int, ...] | str:
         """See Pass.spell_rank."""
         if wish.selector is not None:
-            return f"{self.name} offers no selector '{wish.selector}'"
+            return self._evident(site, analysis, wish.selector)
         if wish.energy is not None:
             rank = energy_rank(analysis.sigma, wish.energy)
             if rank > break_even(site):
                 return f"rank {rank} for energy {wish.energy:g} is past break-even {break_even(site)}"
             return (rank,)
         return (wish.ranks(min(site.weight.shape[-2:])),)
+
+    def _evident(self, site: Site, analysis: Spectrum, selector: Selector) -> tuple[int, ...] | str:
+        shape = (int(site.weight.shape[-2]), int(site.weight.shape[-1]))
+        found = [selector.rank(basis.sigma, shape) for basis in analysis.slices]
+        for entry in found:
+            if isinstance(entry, str):
+                return entry
+        rank = max(entry for entry in found if isinstance(entry, int))
+        if rank > break_even(site):
+            return f"rank {rank} of {selector.rule} is past break-even {break_even(site)}"
+        return (rank,)
 
     def check_ranks(self, site: Site, ranks: tuple[int, ...]) -> str | None:
         """See Pass.check_ranks."""

@@ -87,6 +87,10 @@ class Tucker(ConvolutionPass):
         """See ConvolutionPass.full."""
         return (shape[0], shape[1])
 
+    def unfoldings(self, weight: Array, form: Form) -> tuple[Array, ...]:
+        """See ConvolutionPass.unfoldings: output channels, input channels."""
+        return weight.reshape(len(weight), -1), weight.swapaxes(0, 1).reshape(weight.shape[1], -1)
+
     def grid(self, shape: Sequence[int], form: Form, step: int) -> Sequence[tuple[int, ...]]:
         """See ConvolutionPass.grid."""
         chosen = dict.fromkeys(

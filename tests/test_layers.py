@@ -18,6 +18,7 @@ ORDER = """
     workers
     linalg
     decompositions
+    selectors
     data cache labels structures
     metrics runtime unpack
     model

@@ -9,6 +9,7 @@ import pytest
 
 from lowrank_onnx.base import RankWish
 from lowrank_onnx.errors import LowRankError
+from lowrank_onnx.selectors import Selector
 from lowrank_onnx.target import DEFAULT_DROP, read_rank, read_target
 
 
@@ -22,16 +23,19 @@ from lowrank_onnx.target import DEFAULT_DROP, read_rank, read_target
         ("1e-1", RankWish(fraction=0.1)),
         ("energy=0.95", RankWish(energy=0.95)),
         ("energy=1", RankWish(energy=1.0)),
-        ("evbmf", RankWish(selector="evbmf")),
+        ("evbmf", RankWish(selector=Selector("evbmf"))),
+        ("ard:weaken=0.3,floor=0", RankWish(selector=Selector("ard", 0.3, 0.0))),
     ],
 )
 def test_rank_wishes(text: str, wish: RankWish) -> None:
     assert read_rank(text) == wish
 
 
-@pytest.mark.parametrize(
-    "text", ["", "0", "-3", "1.5", "0.0", "-0.5", "nan", "inf", "energy", "energy=", "energy=x", "energy=0", "4,8", "²"]
-)
+NOTHING = ["", "0", "-3", "1.5", "0.0", "-0.5", "nan", "inf", "energy", "energy=", "energy=x", "energy=0", "4,8", "²"]
+NO_SELECTORS = ["magic", "evbmf:w=1", "evbmf:weaken=x", "evbmf:weaken=1", "ard:floor=2", "evbmf=3", "evbmf:floor"]
+
+
+@pytest.mark.parametrize("text", [*NOTHING, *NO_SELECTORS])
 def test_rank_wishes_that_mean_nothing(text: str) -> None:
     with pytest.raises(LowRankError, match="--rank") as caught:
         read_rank(text)

@@ -1,0 +1,147 @@
+"""Bayesian factorizations: planted ranks are found, and what they say of their uncertainty holds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lowrank_onnx.decompositions.ard import ard, relevance
+from lowrank_onnx.decompositions.bpmf import bpmf, diagnose
+from lowrank_onnx.decompositions.evbmf import evbmf, evidence, free_energy, noise_variance, threshold
+from tests.builders import Array
+
+
+def planted(rows: int, columns: int, rank: int, noise: float = 1.0, seed: int = 0, low: float = 1.5) -> Array:
+    """Components of 1.5 to 6 times what stands out of the noise, in random directions."""
+    rng = np.random.default_rng(seed)
+    u, _, vt = np.linalg.svd(rng.standard_normal((rows, columns)), full_matrices=False)
+    short, long = min(rows, columns), max(rows, columns)
+    values = np.sqrt(long * threshold(short / long)) * rng.uniform(low, 6, rank)
+    return np.asarray(noise * ((u[:, :rank] * values) @ vt[:rank] + rng.standard_normal((rows, columns))))
+
+
+def cases() -> list[tuple[Array, int, float]]:
+    rng = np.random.default_rng(7)
+    made = []
+    for seed in range(50):
+        rows, columns = (int(side) for side in rng.integers(20, 160, 2))
+        rank = int(rng.integers(1, max(min(rows, columns) // 5, 2)))
+        noise = float(10 ** rng.uniform(-3, 3))
+        made.append((planted(rows, columns, rank, noise, seed), rank, noise))
+    return made
+
+
+def test_planted_ranks_are_found() -> None:
+    for matrix, rank, noise in cases():
+        for made in (evbmf(matrix), ard(matrix)):
+            assert made.rank == rank
+            assert made.noise == pytest.approx(noise**2, rel=0.15)
+
+
+def test_known_noise_is_taken() -> None:
+    matrix = planted(60, 90, 5, 0.1)
+    assert evbmf(matrix, 0.01).rank == ard(matrix, 0.01).rank == 5
+    assert evbmf(matrix, 100.0).rank == ard(matrix, 100.0).rank == 0
+    assert evbmf(matrix, 0.0).rank == ard(matrix, 0.0).rank == 60
+
+
+def test_noise_alone_has_no_rank() -> None:
+    matrix = np.random.default_rng(0).standard_normal((50, 80))
+    assert evbmf(matrix).rank == ard(matrix).rank == 0
+
+
+def test_without_noise_nothing_is_shrunk() -> None:
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((30, 4)) @ rng.standard_normal((4, 40))
+    for made in (evbmf(matrix), ard(matrix)):
+        assert np.abs(made.mean - matrix).max() <= 1e-6 * np.abs(matrix).max()
+
+
+def test_zeros_and_wrong_input() -> None:
+    assert evbmf(np.zeros((4, 6))).rank == ard(np.zeros((4, 6))).rank == 0
+    for function in (evbmf, ard):
+        with pytest.raises(ValueError, match="expected a matrix"):
+            function(np.zeros(4))
+        with pytest.raises(ValueError, match="must not be negative"):
+            function(np.ones((4, 6)), -1.0)
+    with pytest.raises(ValueError, match="expected the 4 singular values"):
+        evidence(np.ones(3), (4, 6))
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["wide", "tall"])
+def test_turning_the_matrix_turns_the_posterior(turned: bool) -> None:
+    matrix = planted(30, 70, 3)
+    for function in (evbmf, ard):
+        made, other = function(matrix), function(matrix.T)
+        assert np.allclose(made.mean, other.mean.T)
+        assert np.allclose(made.variance(), other.variance().T)
+
+
+@pytest.mark.parametrize("function", [evbmf, ard])
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24)], ids=["wide", "tall"])
+def test_variance_is_that_of_draws(function: object, shape: tuple[int, int]) -> None:
+    assert callable(function)
+    made = function(planted(*shape, 3, low=1.1))
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((5, shape[0]))
+    outputs, entries = [], []
+    for _ in range(20_000):
+        left, right = made.draw(rng)
+        product = left @ right
+        outputs.append(x @ product)
+        entries.append(product[:4, :4])
+    # Each variance of 20000 draws is right within 1 %; their mean ratio much closer.
+    assert np.abs(np.var(outputs, axis=0) / made.output_variance(x) - 1).mean() < 0.03
+    assert np.abs(np.var(entries, axis=0) / made.variance()[:4, :4] - 1).mean() < 0.03
+    assert np.abs(np.mean(entries, axis=0) - made.mean[:4, :4]).max() < 0.05 * np.sqrt(made.variance().max()) * 4
+
+
+def test_noise_has_the_least_free_energy_of_all() -> None:
+    """The free energy has a local minimum for nearly every rank; a single descent ends in one of them."""
+    sigma = np.linalg.svd(planted(40, 60, 6, low=1.0), compute_uv=False)
+    found = noise_variance(sigma, (40, 60))
+    limit, squared = threshold(40 / 60), sigma**2
+    least = free_energy(found, squared, 40, 60, limit)
+    levels = np.geomspace(squared[-1] / 60 / 100, squared.sum() / 2400 * 2, 20_000)
+    assert least <= min(free_energy(level, squared, 40, 60, limit) for level in levels) + 1e-6
+
+
+def test_relevance_leaves_out_components_that_are_not_worth_their_cost() -> None:
+    """A component between the local and the global threshold is a local optimum, and not kept."""
+    short, long = 40, 60
+    values = np.concatenate([[40.0], np.full(1, 0.97 * np.sqrt(long * threshold(short / long))), np.full(38, 3.0)])
+    assert relevance(values, (short, long), 1.0).rank == evidence(values, (short, long), 1.0).rank == 1
+
+
+def test_sampling_agrees_with_the_variational_mean() -> None:
+    matrix = planted(50, 70, 4, low=3.0)
+    exact, made = evbmf(matrix), bpmf(matrix, 4, samples=600, seed=1)
+    assert made.r_hat < 1.02 and made.effective > 200
+    assert np.linalg.norm(made.mean - exact.mean) < 0.02 * np.linalg.norm(exact.mean)
+    assert made.noise == pytest.approx(exact.noise, rel=0.02)
+    assert made.variance.mean() == pytest.approx(exact.variance().mean(), rel=0.1)
+
+
+def test_samples_are_reproducible_and_follow_the_scale() -> None:
+    matrix = planted(20, 30, 2)
+    one, two, large = bpmf(matrix, 2, 40), bpmf(matrix, 2, 40), bpmf(1e3 * matrix, 2, 40)
+    assert np.array_equal(one.mean, two.mean) and one.samples == 40
+    assert np.allclose(large.mean, 1e3 * one.mean) and np.allclose(large.variance, 1e6 * one.variance)
+
+
+def test_sampling_refuses_what_it_cannot_do() -> None:
+    for matrix, rank, samples in ((np.ones((4, 5)), 5, 40), (np.ones((4, 5)), 1, 4), (np.zeros((4, 5)), 1, 40)):
+        with pytest.raises(ValueError):
+            bpmf(matrix, rank, samples)
+
+
+def test_diagnostics_tell_chains_that_have_not_met() -> None:
+    rng = np.random.default_rng(0)
+    apart = rng.standard_normal((2, 400)) + np.array([[0.0], [3.0]])
+    assert diagnose(apart)[0] > 1.5
+    assert diagnose(rng.standard_normal((2, 400)))[0] < 1.02
+    slow = np.zeros((4, 4000))
+    for step in range(1, 4000):
+        slow[:, step] = 0.9 * slow[:, step - 1] + rng.standard_normal(4)
+    assert diagnose(slow)[1] == pytest.approx(slow.size * 0.1 / 1.9, rel=0.3)  # (1 - ρ) / (1 + ρ)
+    assert diagnose(np.ones((2, 10))) == (1.0, 20.0)
