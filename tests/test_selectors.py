@@ -70,3 +70,16 @@ def test_convolutions(technique: str, expected: list[int]) -> None:
     proto = build("g (float[n,24,h,w] x) => (float[n,32,p,q] y) { y = Conv(x, k) }", {"k": kernel.astype(np.float32)})
     made = compress(proto, rank="evbmf", technique=[technique], shape=["x=1,24,9,9"])
     assert made.report["sites"][0]["ranks"] == expected
+
+
+def test_convolutions_on_data() -> None:
+    """A kernel without rank has one on maps whose channels are mixtures of two."""
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((64, 16, 1, 3)).astype(np.float32)
+    maps = np.einsum("nahw,ai->nihw", rng.standard_normal((40, 2, 1, 12)), rng.standard_normal((2, 16)))
+    maps += 0.05 * rng.standard_normal(maps.shape)
+    proto = build("g (float[n,16,h,w] x) => (float[n,64,p,q] y) { y = Conv(x, k) }", {"k": kernel})
+    made = compress(proto, rank="evbmf", technique=["channel"], calibrate={"x": maps.astype(np.float32)})
+    assert ranks(made.report) == [[6]]  # two channels at three positions
+    with pytest.raises(TargetError, match="evbmf finds rank 0"):
+        compress(proto, rank="evbmf", technique=["channel"], shape=["x=1,16,1,12"])

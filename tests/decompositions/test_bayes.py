@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lowrank_onnx.decompositions.ard import ard, relevance
-from lowrank_onnx.decompositions.bpmf import bpmf, diagnose
+from lowrank_onnx.decompositions.bpmf import _Chain, bpmf, diagnose
 from lowrank_onnx.decompositions.evbmf import evbmf, evidence, free_energy, noise_variance, threshold
 from tests.builders import Array
 
@@ -96,14 +96,34 @@ def test_variance_is_that_of_draws(function: object, shape: tuple[int, int]) -> 
     assert np.abs(np.mean(entries, axis=0) - made.mean[:4, :4]).max() < 0.05 * np.sqrt(made.variance().max()) * 4
 
 
-def test_noise_has_the_least_free_energy_of_all() -> None:
+@pytest.mark.parametrize("shape", [(24, 60), (60, 24)], ids=["wide", "tall"])
+def test_posterior_stands_still_under_the_variational_updates(shape: tuple[int, int]) -> None:
+    matrix = planted(*shape, 3, low=1.1)
+    made = evbmf(matrix)
+    gamma = np.linalg.svd(matrix, compute_uv=False)[: made.rank]
+    rows, columns = shape
+    left, right = np.linalg.norm(made.left, axis=0), np.linalg.norm(made.right, axis=1)
+    seen_left, seen_right = left**2 + rows * made.left_variance, right**2 + columns * made.right_variance
+    # Empirical Bayes: the prior variance of a column is the mean square it was found to have.
+    assert np.allclose(made.left_variance, made.noise / (seen_right + made.noise * rows / seen_left))
+    assert np.allclose(made.right_variance, made.noise / (seen_left + made.noise * columns / seen_right))
+    assert np.allclose(left, gamma * right * made.left_variance / made.noise)
+    assert np.allclose(right, gamma * left * made.right_variance / made.noise)
+
+
+@pytest.mark.parametrize("power", [0.1, 0.3, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("shape", [(40, 60), (64, 64), (16, 400)])
+def test_noise_has_the_least_free_energy_of_all(shape: tuple[int, int], power: float) -> None:
     """The free energy has a local minimum for nearly every rank; a single descent ends in one of them."""
-    sigma = np.linalg.svd(planted(40, 60, 6, low=1.0), compute_uv=False)
-    found = noise_variance(sigma, (40, 60))
-    limit, squared = threshold(40 / 60), sigma**2
-    least = free_energy(found, squared, 40, 60, limit)
-    levels = np.geomspace(squared[-1] / 60 / 100, squared.sum() / 2400 * 2, 20_000)
-    assert least <= min(free_energy(level, squared, 40, 60, limit) for level in levels) + 1e-6
+    short, long = shape
+    sigma = np.arange(1, short + 1) ** -power
+    limit, squared = threshold(short / long), sigma**2
+    least = free_energy(noise_variance(sigma, shape), squared, short, long, limit)
+    high = squared.sum() / (short * long)
+    levels = np.geomspace(max(squared[-1] / (long * limit), 1e-6 * high), high, 5_000)
+    most = min(int(np.ceil(short / (1 + short / long))) - 1, short)
+    lowest = max(squared[most] / (long * limit), squared[most:].mean() / long)  # where the theory bounds the level
+    assert least <= min(free_energy(level, squared, *shape, limit) for level in levels if level >= lowest) + 1e-6
 
 
 def test_relevance_leaves_out_components_that_are_not_worth_their_cost() -> None:
@@ -120,6 +140,26 @@ def test_sampling_agrees_with_the_variational_mean() -> None:
     assert np.linalg.norm(made.mean - exact.mean) < 0.02 * np.linalg.norm(exact.mean)
     assert made.noise == pytest.approx(exact.noise, rel=0.02)
     assert made.variance.mean() == pytest.approx(exact.variance().mean(), rel=0.1)
+
+
+def test_rows_without_data_follow_the_prior() -> None:
+    chain = _Chain(np.ones((4, 5)), 2, np.random.default_rng(0))
+    centre, precision = np.array([3.0, -2.0]), np.array([[4.0, 1.0], [1.0, 2.0]])
+    chain._hyper = lambda rows: (centre, precision)  # type: ignore[method-assign]
+    rows = chain._rows(np.zeros((40_000, 5)), np.zeros((5, 2)), np.zeros((40_000, 2)))
+    assert np.allclose(rows.mean(axis=0), centre, atol=0.02)
+    assert np.allclose(np.cov(rows.T), np.linalg.inv(precision), atol=0.02)
+
+
+def test_hyperparameters_of_many_rows_are_theirs() -> None:
+    rng = np.random.default_rng(0)
+    rows = np.array([1.0, -1.0]) + rng.standard_normal((5_000, 2)) @ np.array([[2.0, 0.0], [1.0, 0.5]])
+    chain = _Chain(np.ones((4, 5)), 2, rng)
+    drawn = [chain._hyper(rows) for _ in range(200)]
+    assert np.allclose(np.mean([mean for mean, _ in drawn], axis=0), rows.mean(axis=0), atol=0.02)
+    precision = np.linalg.inv(np.cov(rows.T))
+    assert np.allclose(np.mean([entry for _, entry in drawn], axis=0), precision, rtol=0.02, atol=0.02)
+    assert np.std([mean[0] for mean, _ in drawn]) == pytest.approx(np.sqrt(np.cov(rows.T)[0, 0] / 5_000), rel=0.2)
 
 
 def test_samples_are_reproducible_and_follow_the_scale() -> None:
