@@ -126,6 +126,22 @@ def test_noise_has_the_least_free_energy_of_all(shape: tuple[int, int], power: f
     assert least <= min(free_energy(level, squared, *shape, limit) for level in levels if level >= lowest) + 1e-6
 
 
+def test_noise_is_found_between_clusters_of_singular_values() -> None:
+    """Here the free energy has several deep valleys."""
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        short = int(rng.integers(10, 80))
+        long = int(short * rng.uniform(1, 6))
+        sizes = rng.multinomial(short, np.ones(3) / 3)
+        sigma = np.sort(np.concatenate([np.full(size, 10 ** rng.uniform(-1.5, 1)) for size in sizes]))[::-1]
+        limit, squared = threshold(short / long), sigma**2
+        most = min(int(np.ceil(short / (1 + short / long))) - 1, short)
+        lowest = max(squared[most] / (long * limit), squared[most:].mean() / long)
+        found = free_energy(noise_variance(sigma, (short, long)), squared, short, long, limit)
+        levels = np.geomspace(lowest, squared.sum() / (short * long), 4_000)
+        assert found <= min(free_energy(level, squared, short, long, limit) for level in levels) + 1e-6
+
+
 def test_relevance_leaves_out_components_that_are_not_worth_their_cost() -> None:
     """A component between the local and the global threshold is a local optimum, and not kept."""
     short, long = 40, 60
