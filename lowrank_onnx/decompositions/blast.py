@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import scipy.linalg
 
 from lowrank_onnx.decompositions.block_sum import least_squares
 from lowrank_onnx.decompositions.svd import data_aware
@@ -55,7 +56,7 @@ class Blast:
         for place, (begin, end) in enumerate(cuts(matrix.shape[1], self.scales.shape[1])):
             basis = self._basis(place)
             weighted = gram @ basis
-            second[:, begin:end] = least_squares(basis.T @ weighted, weighted.T @ matrix[:, begin:end])
+            second[:, begin:end] = _solve(basis.T @ weighted, weighted.T @ matrix[:, begin:end])
         return Blast(self.first.astype(np.float64), self.scales.astype(np.float64), second)
 
     def _basis(self, column: int) -> Array:
@@ -81,7 +82,7 @@ def cuts(length: int, blocks: int) -> list[tuple[int, int]]:
 
 
 def blast(
-    matrix: Array, gram: Array, blocks: tuple[int, int], rank: int, sweeps: int = 40, tolerance: float = 1e-4
+    matrix: Array, gram: Array, blocks: tuple[int, int], rank: int, sweeps: int = 20, tolerance: float = 1e-3
 ) -> Blast:
     """Fit W in the metric of its input by alternating least squares, from the best plain low rank.
 
@@ -90,7 +91,7 @@ def blast(
         gram: (K, K) second moment of x with its ridge; the identity gives the weight's own error.
         blocks: Blocks of rows and of columns.
         rank: Columns of every C_i.
-        sweeps: Most rounds; each solves for the d_ij, the C_i one after the other, and the B_j.
+        sweeps: Most rounds; each solves for the d_ij and the C_i, one block after the other, and for the B_j.
         tolerance: Ends when a round takes less than this share off the squared error.
 
     Returns:
@@ -123,21 +124,25 @@ def _squared_error(made: Blast, matrix: Array, gram: Array) -> float:
 
 
 def _with_scales(made: Blast, matrix: Array, gram: Array) -> Blast:
-    """The best d: for each column of blocks a problem in the (P, r) numbers of its blocks."""
+    """Better d, one block after the other; each is a problem in r numbers."""
     rows = cuts(len(made.first), len(made.scales))
     _, columns, rank = made.scales.shape
     # (P, r) directions of x, each C_i by itself
     spread = np.zeros((len(made.first), len(rows) * rank))
     for place, (begin, end) in enumerate(rows):
         spread[begin:end, place * rank : (place + 1) * rank] = made.first[begin:end]
-    inner = spread.T @ gram @ spread
-    wanted = spread.T @ (gram @ matrix)
-    scales = np.empty(made.scales.shape)
+    weighted = gram @ spread
+    inner = (spread.T @ weighted).reshape(len(rows), rank, len(rows), rank)
+    wanted = (weighted.T @ matrix).reshape(len(rows), rank, -1)
+    scales = made.scales.copy()
     for column, (begin, end) in enumerate(cuts(matrix.shape[1], columns)):
         second = made.second[:, begin:end]
-        normal = inner * np.tile(second @ second.T, (len(rows), len(rows)))
-        right = np.einsum("an,an->a", wanted[:, begin:end], np.tile(second, (len(rows), 1)))
-        scales[:, column] = least_squares(normal, right[:, None]).reshape(len(rows), rank)
+        shared = second @ second.T
+        right = np.einsum("prn,rn->pr", wanted[:, :, begin:end], second)
+        for place in range(len(rows)):
+            others = [other for other in range(len(rows)) if other != place]
+            left = right[place] - sum((inner[place, :, other] * shared) @ scales[other, column] for other in others)
+            scales[place, column] = _solve(inner[place, :, place] * shared, left[:, None])[:, 0]
     return Blast(made.first, scales, made.second)
 
 
@@ -154,6 +159,18 @@ def _with_first(made: Blast, matrix: Array, gram: Array) -> Blast:
         for other, (b, e) in enumerate(rows):
             if other != place:
                 left -= gram[begin:end, b:e] @ first[b:e] @ (mixed[other] @ mixed[place].T)
-        half = least_squares(gram[begin:end, begin:end], left)
-        first[begin:end] = least_squares(mixed[place] @ mixed[place].T, half.T).T
+        half = _solve(gram[begin:end, begin:end], left)
+        first[begin:end] = _solve(mixed[place] @ mixed[place].T, half.T).T
     return Blast(first, made.scales, made.second)
+
+
+def _solve(normal: Array, wanted: Array) -> Array:
+    """Normal equations by Cholesky; by least squares where they are singular."""
+    try:
+        factor = scipy.linalg.cho_factor(normal, lower=True)
+    except np.linalg.LinAlgError:
+        return least_squares(normal, wanted)
+    pivots = np.abs(np.diag(factor[0]))
+    if pivots.min() < 1e-6 * pivots.max():
+        return least_squares(normal, wanted)
+    return np.asarray(scipy.linalg.cho_solve(factor, wanted))
