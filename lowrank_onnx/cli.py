@@ -22,6 +22,7 @@ from lowrank_onnx.model import check_output, external_files, load, save
 from lowrank_onnx.report import (
     render_inspection,
     render_terminal,
+    write_arrays,
     write_html,
     write_inspection_html,
     write_json,
@@ -118,6 +119,23 @@ _levels = _options(
     click.option("--levels", metavar="F,F,...", help="Several shares to keep in one file, chosen at run time."),
     click.option("--by", type=click.Choice(["macs", "params", "size"]), default="macs", help="What --levels share."),
 )
+_uncertainty = _options(
+    click.option(
+        "--uncertainty",
+        "posteriors",
+        type=click.Path(path_type=Path),
+        metavar="FILE.npz",
+        help="Write how sure the calibration data make every layer's factors; a quarter of the data is held out.",
+    ),
+    click.option(
+        "--emit-uncertainty",
+        is_flag=False,
+        flag_value="",
+        metavar="[NAME,...]",
+        help="Add an output NAME_stddev, the deviation that the compression is predicted to cause, for these outputs "
+        "or for all of floating-point numbers; a quarter of the calibration data is held out.",
+    ),
+)
 _json = click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="JSON report.")
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace files that exist.")
 _report = click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html", help="HTML report.")
@@ -125,7 +143,7 @@ _out = click.option("-o", "--out", required=True, type=click.Path(path_type=Path
 _model = click.argument("model", type=click.Path(path_type=Path))
 
 
-_WRITTEN = ("out", "report", "json_file", "html")
+_WRITTEN = ("out", "report", "json_file", "html", "posteriors")
 _READ = ("model", "models", "reference", "candidate", "plan", "calibrate", "evaluate", "metric", "labels")
 
 
@@ -207,6 +225,7 @@ def inspect(model: Path, json_file: Path | None, html: Path | None, overwrite: b
 @_minimize
 @_cache
 @_labels
+@_uncertainty
 @_report
 @_json
 @_overwrite
@@ -214,6 +233,8 @@ def compress(
     model: Path,
     out: Path,
     levels: str | None,
+    posteriors: Path | None,
+    emit_uncertainty: str | None,
     report: Path | None,
     json_file: Path | None,
     overwrite: bool,
@@ -221,13 +242,19 @@ def compress(
 ) -> None:
     """Write a smaller, faster MODEL to OUT, and prove it."""
     _check_target(options)
+    options["uncertainty"] = posteriors is not None
+    if emit_uncertainty is not None:
+        options["emit_uncertainty"] = tuple(filter(None, emit_uncertainty.split(",")))
     if levels is not None:
         options["levels"] = _shares("--levels", levels)
     target = check_output(out, load(model), overwrite)
-    _check_reports(overwrite, ("--report", report), ("--json", json_file), out=target)
+    _check_reports(overwrite, ("--report", report), ("--json", json_file), ("--uncertainty", posteriors), out=target)
     with _progress() as progress:
         result = pipeline.compress(model, progress=progress, **options)
-    _finish(result, target, report, json_file)
+    with _together(posteriors):
+        if posteriors is not None:
+            write_arrays(result.posteriors, posteriors)
+        _finish(result, target, report, json_file)
 
 
 @cli.command(cls=Guarded)

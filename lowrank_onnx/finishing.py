@@ -13,6 +13,7 @@ from onnx import ModelProto
 from lowrank_onnx.base import Pass, Plan
 from lowrank_onnx.cascading import Cascade
 from lowrank_onnx.deciding import Planned
+from lowrank_onnx.linalg import Array
 from lowrank_onnx.model import Model, check_output, save
 from lowrank_onnx.plans import plan_to_dict
 from lowrank_onnx.reporting import compress_report, measure
@@ -29,12 +30,14 @@ class Result:
         plan: The plan, as JSON has it.
         report: The report, schema 1.
         source: The original.
+        posteriors: How sure each layer's factors are, as arrays by key; empty where nobody asked.
     """
 
     model: ModelProto
     plan: dict[str, Any]
     report: dict[str, Any]
     source: Model = field(repr=False)
+    posteriors: dict[str, Array] = field(default_factory=dict, repr=False)
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write the model, completely or not at all.

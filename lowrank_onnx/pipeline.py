@@ -37,6 +37,7 @@ from lowrank_onnx.structures import SHARE, WIDEST, errors_at
 from lowrank_onnx.sweeping import write_sweep
 from lowrank_onnx.target import BUDGETS, OBJECTIVES, read_target
 from lowrank_onnx.threads import few_threads
+from lowrank_onnx.unsure import compress_unsure
 from lowrank_onnx.validation import benchmark as time_models
 from lowrank_onnx.workers import Workers
 
@@ -102,6 +103,8 @@ def compress(
     cache: bool = True,
     labels: str | Path | None = None,
     allow_io_change: bool = False,
+    uncertainty: bool = False,
+    emit_uncertainty: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Make a model smaller or faster by low-rank factorization; nothing is written.
@@ -135,6 +138,11 @@ def compress(
         cache: Use and keep what was measured in earlier runs.
         labels: A file of names, one a line, of the rows of non-negative factors; the report lists the strongest.
         allow_io_change: Let inputs and outputs that hold a cache of keys or values get narrower.
+        uncertainty: Tell of every factorized layer how sure the data make its factors, in the report and in
+            ``Result.posteriors``. Holds a quarter of the calibration data out of the fit.
+        emit_uncertainty: Give the model an output ``NAME_stddev`` for each of these outputs, for every
+            floating-point one if empty: the standard deviation that the compression is predicted to cause. Holds
+            a quarter of the calibration data out of the fit as well.
         progress: Called with (step, done, total).
 
     Raises:
@@ -159,6 +167,12 @@ def compress(
     if f"keep_{by}" not in BUDGETS:
         raise LowRankError(f"--by must be macs, params or size, got '{by}'")
     shares = None if levels is None else check_levels(levels)
+    unsure = "--emit-uncertainty" if emit_uncertainty is not None else "--uncertainty" if uncertainty else ""
+    if unsure and (agreement is not None or levels is not None):
+        several = "--agreement" if agreement is not None else "--levels"
+        raise LowRankError(
+            f"{unsure} tells of one compressed model, {several} puts several into the file: leave one out"
+        )
     if minimize not in OBJECTIVES:
         raise LowRankError(f"minimize must be one of {', '.join(OBJECTIVES)}, got '{minimize}'")
     # A typing error must not wait for the data.
@@ -197,6 +211,8 @@ def compress(
         return compress_cascade(run, tried, agreement)
     if shares is not None:
         return compress_levels(run, f"keep_{by}", shares)
+    if unsure:
+        return compress_unsure(run, wish, unsure, uncertainty, emit_uncertainty, names)
     return finish(run, wish, decide(run, wish), names)
 
 
@@ -245,6 +261,11 @@ def apply(
     clock = Clock()
     content = read_plan(plan) if isinstance(plan, str | Path) else check_plan(plan, "the plan")
     setting = content["setting"]
+    if setting.get("emit_uncertainty"):
+        raise PlanError(
+            "the plan tells of the model that compress --emit-uncertainty made, which needs samples held out; run "
+            "compress --emit-uncertainty again, or take the entry out of 'setting' to apply the plan without it"
+        )
     several = [f"--{option}" for key, option in (("cascade", "agreement"), ("levels", "levels")) if setting.get(key)]
     if several:
         raise PlanError(

@@ -16,6 +16,7 @@ from lowrank_onnx.linalg import Array
 from lowrank_onnx.metrics import Fidelity, FidelityAccumulator, Metric, relative_drop
 from lowrank_onnx.runtime import Runtime, fit_empty, one_line, onnxruntime, run
 from lowrank_onnx.statistics import Progress
+from lowrank_onnx.stddev import stddev_outputs
 
 _BATCH_BYTES = 64 * 2**20  # of inputs and outputs at one time
 _RESAMPLES = 1000
@@ -83,8 +84,10 @@ def compare(
         MetricError: The metric fails, or an output holds NaN.
     """
     size = min(safe_batch(reference, dataset), safe_batch(candidate, dataset))
-    names = [output.name for output in reference.get_outputs()]
-    other = [output.name for output in candidate.get_outputs()]
+    names, other = (
+        [output.name for output in session.get_outputs() if output.name not in stddev_outputs(session)]
+        for session in (reference, candidate)
+    )
     if names != other:
         raise ModelError(f"the models differ in their outputs: {', '.join(names)} and {', '.join(other)}")
     other_width = _resized(reference, candidate)

@@ -29,18 +29,18 @@ ORDER = """
     cost batches feeds chains patches lookups recurrent_statistics attention_statistics
     block_chains conv_chains head_chains recurrent_chains
     statistics stream rewrite kept composing
-    cascade levels
+    cascade levels stddev
     allocation target plans
     validation memory
     augment trimming
     problem proposals
     latency building probes
     probe_cache refine budget forms
-    search reporting cascading nesting leveling adaptive run
+    search reporting cascading nesting leveling adaptive run spread posteriors
     report
     frontiers deciding
     finishing sweeping
-    multilevel
+    multilevel unsure
     passes
     pipeline
     cli

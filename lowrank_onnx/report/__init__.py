@@ -1,5 +1,6 @@
 """Reports: what was done at every layer and why, as JSON, as terminal tables and as one HTML page."""
 
+from lowrank_onnx.report.files import write_arrays
 from lowrank_onnx.report.frontier import write_frontier_html
 from lowrank_onnx.report.html import write_html
 from lowrank_onnx.report.inspection import render_inspection, write_inspection_html
@@ -10,6 +11,7 @@ __all__ = [
     "ReportDict",
     "render_inspection",
     "render_terminal",
+    "write_arrays",
     "write_frontier_html",
     "write_html",
     "write_inspection_html",

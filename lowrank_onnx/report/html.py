@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from lowrank_onnx.report import plots, units, wording
+from lowrank_onnx.report import plots, uncertainty, units, wording
 from lowrank_onnx.report.files import write_text
 from lowrank_onnx.report.units import finite, plain
 
@@ -90,6 +90,11 @@ def write_html(report: Mapping[str, Any], path: Path) -> None:
         spectra=spectra(sites),
         sensitivity=sensitivity(sites),
         components=wording.components(sites),
+        sure=uncertainty.sentences(report),
+        posteriors=uncertainty.layers(report),
+        unsure_headers=uncertainty.HEADERS,
+        unsure_meaning=uncertainty.MEANING,
+        without=uncertainty.without(report),
         frontier=frontier.section(report["frontier"]) if report.get("frontier") else None,
         steps=_steps(report.get("seconds") or {}),
     )

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_onnx.report import units, wording
+from lowrank_onnx.report import uncertainty, units, wording
 from lowrank_onnx.report.units import NBSP, finite, plain
 
 ROWS = 40
@@ -56,6 +56,25 @@ def render_terminal(report: Mapping[str, Any], console: Console) -> None:
             say(console, f"  {line}")
         if len(lines) > COMPONENTS:
             say(console, f"and {len(lines) - COMPONENTS} more; the JSON and HTML reports list every component.")
+    _uncertainty(report, console)
+
+
+def _uncertainty(report: Mapping[str, Any], console: Console) -> None:
+    sentences, rows = uncertainty.sentences(report), uncertainty.layers(report)
+    if not sentences:
+        return
+    console.print()
+    say(console, "How sure this is", "bold")
+    for sentence in sentences:
+        say(console, sentence)
+    if rows:
+        console.print()
+        console.print(layer_table(console, uncertainty.HEADERS, rows[:ROWS], right=range(2, len(uncertainty.HEADERS))))
+        if len(rows) > ROWS:
+            say(console, f"and {len(rows) - ROWS} more; the JSON and HTML reports list every layer.")
+        say(console, uncertainty.MEANING)
+    for sentence in uncertainty.without(report):
+        say(console, f"No posterior of {sentence}")
 
 
 def say(console: Console, sentence: str, style: str = "") -> None:
