@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import multiprocessing
 import resource
 from collections.abc import Callable, Mapping, Sequence
@@ -21,21 +22,20 @@ from typing import Any
 
 import numpy as np
 
-from lowrank_onnx.base import RankWish
 from lowrank_onnx.budget import Selection, carry_out, meet_budget
 from lowrank_onnx.building import Choice
 from lowrank_onnx.cache import open_cache
 from lowrank_onnx.decompositions.ard import ard
 from lowrank_onnx.decompositions.bpmf import bpmf
 from lowrank_onnx.decompositions.evbmf import evbmf
-from lowrank_onnx.linalg import finite_svd
+from lowrank_onnx.linalg import energy_rank, finite_svd
 from lowrank_onnx.passes.svd import SVD
 from lowrank_onnx.probe_cache import cached_probe
 from lowrank_onnx.probes import damage_of
 from lowrank_onnx.problem import Problem, pose
 from lowrank_onnx.proposals import Proposal, propose
 from lowrank_onnx.runtime import Runtime, open_session
-from lowrank_onnx.selectors import Selector
+from lowrank_onnx.selectors import RULES
 from lowrank_onnx.statistics import observe
 from lowrank_onnx.validation import compare
 
@@ -89,19 +89,19 @@ def _offered(problem: Problem) -> Sequence[Proposal]:
     return propose(sites, [SVD()], moments, None)[0]
 
 
-def _chosen(proposals: Sequence[Proposal], wish: RankWish) -> list[Choice]:
-    """The rank of a wish at every layer where it pays; the others stay dense."""
+def _at(proposals: Sequence[Proposal], ranks: Sequence[int]) -> list[Choice]:
+    """The ranks carried to candidates; where they cost more than the layer it stays dense."""
     choices = []
-    for entry in proposals:
-        ranks = entry.technique.spell_rank(entry.site, entry.analysis, wish)
-        if not isinstance(ranks, str):
-            candidate = entry.technique.candidate(entry.site, entry.analysis, ranks)
-            if candidate.macs is not None and entry.site.macs is not None and candidate.macs < entry.site.macs:
-                choices.append(Choice(Proposal(entry.site, entry.technique, entry.analysis, (candidate,)), candidate))
+    for entry, rank in zip(proposals, ranks, strict=True):
+        candidate = entry.technique.candidate(entry.site, entry.analysis, (max(rank, 1),))
+        if candidate.macs is not None and entry.site.macs is not None and candidate.macs < entry.site.macs:
+            choices.append(Choice(Proposal(entry.site, entry.technique, entry.analysis, (candidate,)), candidate))
     return choices
 
 
-def _within(proposals: Sequence[Proposal], keep: float, wish: Callable[[float], RankWish]) -> list[Choice] | None:
+def _within(
+    problem: Problem, proposals: Sequence[Proposal], keep: float, ranks: Callable[[float], Sequence[int]]
+) -> Selection | None:
     """The choices of the least restraint (a number in [0, 1), more is more rank) that meet a budget."""
     total = sum(entry.site.macs or 0 for entry in proposals)
 
@@ -110,22 +110,31 @@ def _within(proposals: Sequence[Proposal], keep: float, wish: Callable[[float], 
         return 1 - saved / total
 
     # Ranks past break-even leave layers dense: the cost first falls, then jumps. The best step below the budget counts.
-    tried = [_chosen(proposals, wish(step / 100)) for step in range(100)]
-    fitting = [choices for choices in tried if cost(choices) <= keep]
-    return max(fitting, key=cost, default=None)
+    tried = [_at(proposals, ranks(step / 100)) for step in range(100)]
+    found = max((choices for choices in tried if cost(choices) <= keep), key=cost, default=None)
+    return None if found is None else carry_out(problem, found)
 
 
 def _selector(rule: str) -> Callable[[Problem, Sequence[Proposal], float], Selection | None]:
     def choose(problem: Problem, proposals: Sequence[Proposal], keep: float) -> Selection | None:
-        found = _within(proposals, keep, lambda at: RankWish(selector=Selector(rule, at, 0.0)))
-        return None if found is None else carry_out(problem, found)
+        spectra = [entry.analysis.slices[0].sigma for entry in proposals]
+        shapes = [entry.site.weight.shape[-2:] for entry in proposals]
+        found = [RULES[rule](sigma, shape) for sigma, shape in zip(spectra, shapes, strict=True)]
+        return _within(
+            problem, proposals, keep,
+            lambda weaken: [
+                math.ceil(rank + weaken * (len(sigma) - rank)) for rank, sigma in zip(found, spectra, strict=True)
+            ],
+        )  # fmt: skip
 
     return choose
 
 
 def _energy(problem: Problem, proposals: Sequence[Proposal], keep: float) -> Selection | None:
-    found = _within(proposals, keep, lambda at: RankWish(energy=1 - (1 - at) ** 4 * 0.9))
-    return None if found is None else carry_out(problem, found)
+    def ranks(at: float) -> list[int]:
+        return [energy_rank(entry.analysis.slices[0].sigma, 1 - 0.9 * (1 - at) ** 4) for entry in proposals]
+
+    return _within(problem, proposals, keep, ranks)
 
 
 def _probed(problem: Problem, proposals: Sequence[Proposal], keep: float) -> Selection:
