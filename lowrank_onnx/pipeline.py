@@ -261,10 +261,10 @@ def apply(
     clock = Clock()
     content = read_plan(plan) if isinstance(plan, str | Path) else check_plan(plan, "the plan")
     setting = content["setting"]
-    if setting.get("emit_uncertainty"):
+    if setting.get("held_out"):
         raise PlanError(
-            "the plan tells of the model that compress --emit-uncertainty made, which needs samples held out; run "
-            "compress --emit-uncertainty again, or take the entry out of 'setting' to apply the plan without it"
+            f"the plan tells of a model that compress {setting['held_out']} fitted to a part of the calibration data; "
+            f"run compress {setting['held_out']} again, or make a plan without it"
         )
     several = [f"--{option}" for key, option in (("cascade", "agreement"), ("levels", "levels")) if setting.get(key)]
     if several:

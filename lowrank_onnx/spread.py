@@ -46,6 +46,7 @@ _WIDEST = 2048  # channels of a tensor that is watched
 _SKETCH = 32  # directions of a tensor that is wider
 _RIDGE = 0.01
 _CONSTANT = 1e-9  # of a tensor's mean square; what varies less is rounding
+_LEAST_FACTOR = 0.1
 _DIRECTIONS = 1024  # of everything left out, together
 _CARRIED = 16
 _POSITIONS = 40_000  # of an output, over all samples
@@ -344,7 +345,8 @@ class _Work:
         told = variance(near)
         for place, count in beyond.items():
             told += near.pushed(count * np.outer(np.maximum(near.watched[:, place] - limits[place], 0.0), scale))
-        factor = float(np.quantile(np.sqrt(near.squares / told), COVERED)) / 2
+        # Where nearly all deviations are nothing and a few are large, nearly all would be covered by nothing.
+        factor = max(float(np.quantile(np.sqrt(near.squares / told), COVERED)) / 2, _LEAST_FACTOR)
         by = factor * math.sqrt(carried)
         reaches = [
             dataclasses.replace(

@@ -62,12 +62,12 @@ def compress_unsure(
             )
         with run.clock.step("uncertainty"):
             section |= stddev_report(fitted, plain, planned.selection, spreads, held, mask)
-        result.plan["setting"]["emit_uncertainty"] = list(emitted)
     if layers:
         with run.clock.step("uncertainty"):
             found, reasons = layer_posteriors(fitted, plain, held, mask)
         section |= {"layers": [layer.as_dict() for layer in found], "without": reasons}
-        result.posteriors.update(arrays_of(found))
+        result = dataclasses.replace(result, posteriors=arrays_of(found))
+    result.plan["setting"]["held_out"] = "--emit-uncertainty" if emitted else "--uncertainty"
     result.report["uncertainty"] = section
     result.report["seconds"] |= run.clock.total()
     return result

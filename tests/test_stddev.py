@@ -220,6 +220,21 @@ def test_probabilities(models: Path, kind: str) -> None:
     assert answers(result.model, evaluate)["probability_stddev"].max() < 1
 
 
+def test_a_certain_answer_is_not_told_to_be_exact(models: Path) -> None:
+    # A probability that is 1 in float32 has no slope; the original may be less certain all the same.
+    path, _, calibrate, evaluate = digits(models, "cnn")
+    proto = onnx.load(path)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(5, np.float32), "five"))
+    proto.graph.node.append(onnx.helper.make_node("Mul", ["logits", "five"], ["sharp"], "sharpen"))
+    proto.graph.node.append(onnx.helper.make_node("Softmax", ["sharp"], ["probability"], "last"))
+    proto.graph.output[0].name = "probability"
+    result = lowrank_onnx.compress(
+        proto, keep_macs=0.6, calibrate=calibrate, emit_uncertainty=(), threads=1, cache=False
+    )
+    found = answers(result.model, evaluate)
+    assert (found["probability"] == 1).any() and found["probability_stddev"].min() > 0
+
+
 def test_it_rises_on_inputs_of_another_kind(emitted: Emitted) -> None:
     result, path, name, evaluate = emitted
     noise = np.random.default_rng(0).uniform(0, 1, evaluate[name].shape) * evaluate[name].max()
