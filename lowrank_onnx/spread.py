@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,15 +33,14 @@ from lowrank_onnx.patches import Window, window
 from lowrank_onnx.problem import Problem, training_data
 from lowrank_onnx.runtime import open_session, run
 from lowrank_onnx.statistics import Lookup, MomentSums, Progress, as_rows, expose, padding_mask, row_layout
-from lowrank_onnx.stddev import SUFFIX, THROUGH, Growth, Loss, Reach, Spread, Tap, add_stddev, check_room
-from lowrank_onnx.validation import benchmark
+from lowrank_onnx.stddev import THROUGH, Growth, Loss, Reach, Spread, Tap, add_stddev, check_room
+from lowrank_onnx.weighing import LEAST, Rows, Seen, best_columns
 
 HELD_OUT = 0.25  # of the calibration data
 FEWEST = 32  # calibration samples; a quarter of them tells little enough
 COVERED = 0.95
 _WATCHED = 3  # tensors in the finished model
 _TRIED = 32
-_LEAST = 0.02  # of the mean square that a tensor has to tell to be watched
 _WIDEST = 2048  # channels of a tensor that is watched
 _SKETCH = 32  # directions of a tensor that is wider
 _RIDGE = 0.01
@@ -52,7 +51,6 @@ _CARRIED = 16
 _POSITIONS = 40_000  # of an output, over all samples
 _ELEMENTS = 1_000_000  # of it, where they are all held at once
 _BATCH = 16
-_JUDGED = 500  # samples, of the data the figures are for
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,7 +265,7 @@ class _Work:
         # What a layer adds to the squares; each one costs time in every run.
         gram = sums.centred()[0]
         added = [float(np.vdot(carried[place], gram[np.ix_(place, place)] @ carried[place])) for place in places]
-        kept = [number for number, part in enumerate(added) if part > _LEAST * sum(added)]
+        kept = [number for number, part in enumerate(added) if part > LEAST * sum(added)]
         if not kept:
             return spread
         carried = sums.fitted([places[number] for number in kept])
@@ -316,8 +314,8 @@ class _Work:
         session = self._open(expose(grown.proto, [*names, output.inner]))
         most = min(_POSITIONS, _ELEMENTS // len(spread.scale))
 
-        def seen_on(data: Dataset) -> _Seen:
-            return _Seen.of(self._rows(session, output, names, data, most), bool(spread.losses), output.through)
+        def seen_on(data: Dataset) -> Seen:
+            return Seen.of(self._rows(session, output, names, data, most), bool(spread.losses), output.through)
 
         near = seen_on(held)
         if not near.squares.any():
@@ -325,12 +323,12 @@ class _Work:
         # Of few samples an output's own spread is uncertain: eight rows of the mean are added.
         whole = near.inner.mean()
         scale = (near.inner.sum(axis=0) + 8 * whole) / (len(near.inner) + 8) / whole
-        watched, counts = _best(near.watched, scale, near, np.zeros_like(near.squares), _WATCHED)
+        watched, counts = best_columns(near.watched, scale, near, np.zeros_like(near.squares), _WATCHED)
         constant, carried = max(counts[0], 1e-3 * whole), counts[-2]
         floor = max(counts[-1], 1e-6 * near.squares.mean()) if output.through else 0.0
         weights = dict(zip(watched, counts[1:-2], strict=True))
 
-        def variance(seen: _Seen) -> Array:
+        def variance(seen: Seen) -> Array:
             rows = constant + sum((w * seen.watched[:, place] for place, w in weights.items()), np.zeros(len(seen.far)))
             return seen.pushed(np.outer(rows, scale) + carried * seen.far**2) + floor
 
@@ -340,7 +338,9 @@ class _Work:
         if shifted is not None and near.watched.size:
             off = seen_on(shifted)
             excess = np.maximum(off.watched - limits, 0.0)
-            places, more = _best(excess, scale, dataclasses.replace(off, far=np.zeros_like(off.far)), variance(off), 1)
+            places, more = best_columns(
+                excess, scale, dataclasses.replace(off, far=np.zeros_like(off.far)), variance(off), 1
+            )
             beyond = dict(zip(places, more[1:-2], strict=True))
         told = variance(near)
         for place, count in beyond.items():
@@ -387,7 +387,7 @@ class _Work:
             both = data.doubled(changed) if changed else None
         return None if both is None else both.subset(range(len(data), len(both)))
 
-    def _rows(self, session: Any, output: _Output, names: Sequence[str], data: Dataset, most: int) -> Iterator[_Rows]:
+    def _rows(self, session: Any, output: _Output, names: Sequence[str], data: Dataset, most: int) -> Iterator[Rows]:
         """Rows of every batch at real positions, about ``most`` in all."""
         original = self.problem.session
         if output.through:
@@ -407,7 +407,7 @@ class _Work:
                 rng = np.random.default_rng([self.problem.seed, indices[0]])
                 chosen = np.sort(rng.choice(len(rows[-1]), each * len(indices), replace=False))
                 rows = [value[chosen] for value in rows]
-            yield _Rows(rows[:-3], *rows[-3:])
+            yield Rows(rows[:-3], *rows[-3:])
 
     def _feeds(self, data: Dataset) -> Iterator[tuple[Sequence[int], dict[str, Array]]]:
         for indices in batches(len(data), _BATCH if self.together else 1):
@@ -503,179 +503,3 @@ def _leading(gram: Array, most: int) -> Array:
     """(N, p) the leading eigenvectors."""
     width = len(gram)
     return np.asarray(scipy.linalg.eigh(gram, subset_by_index=[max(width - most, 0), width - 1])[1])
-
-
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """Some rows: of the tensors asked for, the deviations of the inner tensor and of the output, and the output."""
-
-    parts: list[Array]
-    inner: Array
-    apart: Array
-    value: Array
-
-
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """Rows of a data set.
-
-    Attributes:
-        watched: (n, L) squared distances.
-        far: (n, J) where what was left out would have carried the inner tensor.
-        inner: (n, J) squared deviations of the inner tensor.
-        squares: (n, J) squared deviations of the output.
-        value: (n, J) the output.
-        through: See ``_Output``.
-    """
-
-    watched: Array
-    far: Array
-    inner: Array
-    squares: Array
-    value: Array
-    through: str
-
-    @classmethod
-    def of(cls, rows: Iterable[_Rows], carried: bool, through: str) -> _Seen:
-        """Join the batches of ``_Work._rows``."""
-        every = list(rows)
-        inner, apart, value = (
-            np.concatenate([getattr(entry, name) for entry in every]).astype(np.float64)
-            for name in ("inner", "apart", "value")
-        )
-        columns = [
-            np.concatenate(column).astype(np.float64)
-            for column in zip(*(entry.parts for entry in every), strict=True)
-        ]  # fmt: skip
-        far = columns.pop() if carried else np.zeros_like(apart)
-        watched = np.concatenate(columns, axis=1) if columns else np.zeros((len(apart), 0))
-        return cls(watched, far, inner**2, apart**2, value, through)
-
-    def pushed(self, variance: Array) -> Array:
-        """What a variance (n, J) of the inner tensor is behind the operator, to first order."""
-        p = self.value
-        if self.through == "Sigmoid":
-            return np.asarray(variance * (p - p**2) ** 2)
-        if self.through == "Softmax":
-            ahead = p**2 * variance
-            return np.asarray((1 - 2 * p) * ahead + p**2 * ahead.sum(axis=1, keepdims=True))
-        return variance
-
-
-def _best(watched: Array, scale: Array, seen: _Seen, base: Array, most: int) -> tuple[list[int], Array]:
-    """Choose the columns that tell most of the squares, and weigh them anew.
-
-    Args:
-        watched: (n, L) of which at most ``most`` are taken.
-        scale: (J,).
-        seen: What is to be told, and by what else.
-        base: (n, J) what is told already.
-
-    Returns:
-        The places of the columns, and the weights: of a constant, of them, of ``seen.far`` squared, and of a
-        constant behind the operator.
-    """
-    matrix = _columns(watched, scale, seen)
-    counts = _counts(matrix, seen.squares.ravel(), base.ravel())
-    told = (counts * matrix.mean(axis=0))[1:-2]
-    least = _LEAST * float(seen.squares.mean())
-    places = [int(place) for place in np.argsort(-told)[:most] if told[place] > least]
-    kept = [0, *(place + 1 for place in places), -2, -1]
-    return places, _counts(matrix[:, kept], seen.squares.ravel(), base.ravel())
-
-
-def _columns(watched: Array, scale: Array, seen: _Seen) -> Array:
-    """(n J, L + 3) what each thing that may count adds to the square of every element."""
-    columns = [seen.pushed(np.outer(column, scale)) for column in (np.ones(len(watched)), *watched.T)]
-    columns += [seen.pushed(seen.far**2), np.full_like(seen.far, 1.0 if seen.through else 0.0)]
-    return np.stack([column.ravel() for column in columns], axis=1)
-
-
-def _counts(matrix: Array, wanted: Array, known: Array) -> Array:
-    """Weights ≥ 0 of the columns of ``matrix`` (n, L) in the expected value of ``wanted - known`` (n,).
-
-    Squares of normal numbers spread with their own expectation: least squares in units of it, a few times over.
-    """
-    units = matrix.mean(axis=0)
-    units[units == 0] = 1.0
-    matrix = matrix / units
-    mean = float(wanted.mean()) or 1.0
-    expected = np.full(wanted.size, mean)
-    counts = np.zeros(matrix.shape[1])
-    for _ in range(20):
-        weighted = matrix / expected[:, None]
-        root = np.linalg.cholesky(weighted.T @ weighted + 1e-9 * wanted.size / mean**2 * np.eye(len(counts)))
-        left = weighted.T @ ((wanted - known) / expected)
-        counts = scipy.optimize.nnls(root.T, np.linalg.solve(root, left))[0]
-        expected = np.maximum(known + matrix @ counts, 0.05 * mean)
-    return np.asarray(counts / units)
-
-
-def judge(original: Any, session: Any, data: Dataset, name: str, mask: str | None) -> dict[str, float]:
-    """How well the predicted deviation of one output tells the real one.
-
-    Returns:
-        ``rank_correlation`` over samples, of their root mean squares; ``rank_correlation_elements``;
-        ``within_two``, the share of elements within two predicted deviations; ``deviation`` and ``predicted``, root
-        mean squares; ``samples``.
-    """
-    real, told, inside = [], [], 0
-    elements: list[tuple[Array, Array]] = []
-    for place in np.unique(np.linspace(0, len(data) - 1, _JUDGED).round().astype(int)).tolist():
-        feeds = data.feeds(place)
-        got = run(session, feeds, [name, f"{name}{SUFFIX}"])
-        apart = np.abs(run(original, feeds, [name])[name].astype(np.float64) - got[name])
-        stddev = got[f"{name}{SUFFIX}"].astype(np.float64)
-        keep = padding_mask(feeds, mask)
-        if keep is not None and apart.shape[:2] == keep.shape:
-            apart, stddev = apart[keep], stddev[keep]
-        real.append(np.sqrt(np.mean(apart**2)))
-        told.append(np.sqrt(np.mean(stddev**2)))
-        elements.append((apart.ravel(), stddev.ravel()))
-        inside += int(np.sum(apart <= 2 * stddev))
-    apart, stddev = (np.concatenate(part) for part in zip(*elements, strict=True))
-    chosen = np.random.default_rng(0).permutation(len(apart))[:200_000]
-    return {
-        "rank_correlation": _correlation(told, real),
-        "rank_correlation_elements": _correlation(stddev[chosen], apart[chosen]),
-        "within_two": inside / len(apart),
-        "deviation": float(np.sqrt(np.mean(apart**2))),
-        "predicted": float(np.sqrt(np.mean(stddev**2))),
-        "samples": len(real),
-    }
-
-
-def _correlation(a: Any, b: Any) -> float:
-    """Spearman's; 0 where one of them is all the same."""
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return 0.0
-    return float(scipy.stats.spearmanr(a, b)[0])
-
-
-def stddev_report(
-    problem: Problem, plain: Selection, whole: Selection, spreads: Sequence[Spread], held: Dataset, mask: str | None
-) -> dict[str, Any]:
-    """What the predicted deviations are worth, and what they cost: the section ``uncertainty`` of the report.
-
-    Args:
-        plain, whole: The compressed model without them and with them.
-    """
-    folder = problem.model.folder
-    bare, session = (
-        open_session(entry.built.proto, problem.runtime, folder, what="the rewritten model") for entry in (plain, whole)
-    )
-    factor = None
-    if problem.feeds is not None:
-        timing = benchmark([bare, session], problem.feeds.values, problem.runtime, problem.seed, 3.0)
-        factor = timing.latencies[1].median / timing.latencies[0].median
-    rows = []
-    for spread in spreads:
-        parts = {"held_out": held} | ({} if problem.evaluate is None else {"evaluate": problem.evaluate})
-        figures = {key: judge(problem.session, session, data, spread.output, mask) for key, data in parts.items()}
-        watched = [entry.tap.name for entry in spread.reaches]
-        rows.append({"output": spread.output, "stddev": f"{spread.output}{SUFFIX}", "watched": watched, **figures})
-    return {
-        "outputs": rows,
-        "latency_factor": factor,
-        "parameters": whole.cost.parameters - plain.cost.parameters,
-    }

@@ -12,10 +12,11 @@ from lowrank_onnx.data import Dataset
 from lowrank_onnx.deciding import Planned, decide
 from lowrank_onnx.errors import TargetError
 from lowrank_onnx.finishing import Result, finish
+from lowrank_onnx.judging import stddev_report
 from lowrank_onnx.model import saved_size
 from lowrank_onnx.posteriors import arrays_of, layer_posteriors
 from lowrank_onnx.run import Run
-from lowrank_onnx.spread import check_outputs, emit_stddev, hold_out, stddev_report
+from lowrank_onnx.spread import check_outputs, emit_stddev, hold_out
 from lowrank_onnx.stddev import Spread
 from lowrank_onnx.target import BUDGETS, Target
 

@@ -30,13 +30,13 @@ ORDER = """
     block_chains conv_chains head_chains recurrent_chains
     statistics stream rewrite kept composing
     cascade levels stddev
-    allocation target plans
+    allocation target plans weighing
     validation memory
     augment trimming
     problem proposals
     latency building probes
     probe_cache refine budget forms
-    search reporting cascading nesting leveling adaptive run spread posteriors
+    search reporting cascading nesting leveling adaptive run spread posteriors judging
     report
     frontiers deciding
     finishing sweeping

@@ -18,9 +18,9 @@ from onnx import ModelProto, TensorProto
 import lowrank_onnx
 from lowrank_onnx.cli import cli
 from lowrank_onnx.errors import DataError, LowRankError, ModelError, PlanError, TargetError
+from lowrank_onnx.judging import judge
 from lowrank_onnx.problem import read_data
 from lowrank_onnx.runtime import input_specs, open_session
-from lowrank_onnx.spread import judge
 from lowrank_onnx.stddev import Loss, Reach, Spread, Tap, add_stddev
 from tests.builders import RUNTIME, answers, build, difference, falling
 
@@ -421,3 +421,21 @@ def test_a_file_that_exists_is_not_written_over(models: Path, tmp_path: Path) ->
     with pytest.raises(LowRankError, match="exists; use --overwrite"):
         CliRunner().invoke(cli, arguments, catch_exceptions=False)
     assert file.read_bytes() == b"mine" and not (tmp_path / "o.onnx").exists()
+
+
+@pytest.mark.zoo
+def test_positions_of_a_sentence_encoder(zoo: Path) -> None:
+    folder = zoo / "minilm"
+    calibrate, evaluate = (dict(np.load(folder / f"{part}.npz")) for part in ("calibrate", "evaluate"))
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    result = lowrank_onnx.compress(
+        folder / "model.onnx", rank=0.3, calibrate={name: calibrate[name][:64] for name in names},
+        evaluate={name: evaluate[name][::40] for name in names}, emit_uncertainty=(), refine=False, augment=False,
+        technique=("svd",), threads=1, cache=False,
+    )  # fmt: skip
+    figures = result.report["uncertainty"]["outputs"][0]["evaluate"]
+    assert figures["rank_correlation"] > 0.5 and 0.9 < figures["within_two"] < 0.98
+    assert result.report["uncertainty"]["latency_factor"] < 1.3
+    for length in (5, 9):
+        feeds = {name: evaluate[name][:2, :length] for name in names}
+        assert answers(result.model, feeds)["last_hidden_state_stddev"].shape == (2, length, 384)
