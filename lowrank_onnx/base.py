@@ -192,10 +192,16 @@ Factors = Mapping[str, Array]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense:
-    """A weight in the layout of ``Site.weight``, and the whole bias by node where it changes."""
+    """A weight in the layout of ``Site.weight``, and the whole bias by node where it changes.
+
+    Attributes:
+        behind: (D, H + 1, H) of a recurrent cell: what its states are multiplied by behind it, and in the last
+            row what is added to them; None where they are handed on as they are.
+    """
 
     weight: Array
     biases: Mapping[str, Array]
+    behind: Array | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -227,6 +233,7 @@ class Pass(ABC):
         reference: Where the method comes from.
         default: Whether it takes part when no ``--technique`` is given.
         needs_data: Whether it has nothing to offer without calibration data.
+        widens: Whether its dense equivalents have something behind the weight.
     """
 
     name: ClassVar[str]
@@ -234,6 +241,7 @@ class Pass(ABC):
     reference: ClassVar[str]
     default: ClassVar[bool] = True
     needs_data: ClassVar[bool] = False
+    widens: ClassVar[bool] = False
 
     @abstractmethod
     def refuse(self, site: Site) -> str | None:

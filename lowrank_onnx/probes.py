@@ -7,7 +7,7 @@ every rank. Between the probes the curve follows the layer's own error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from lowrank_onnx.lookups import dense_lookup
 from lowrank_onnx.metrics import named_scores
 from lowrank_onnx.model import Model
 from lowrank_onnx.proposals import Proposal
-from lowrank_onnx.recurrent_chains import dense_cell, fused
+from lowrank_onnx.recurrent_chains import dense_cell, fused, widening
 from lowrank_onnx.rewrite import rewrite
 from lowrank_onnx.runtime import Runtime
 from lowrank_onnx.statistics import Progress, as_rows, padding_mask
@@ -99,7 +99,8 @@ def probe(
     subset = dataset.subset(by_length(dataset, picked.tolist()))
     size = min(safe_batch(session, subset), 16)
     parts = {part.name: part for place in todo for part in _parts(proposals[place].site)}
-    proto, constants = _with_dense(model, list(parts.values()))
+    widened = {proposals[place].site.name for place in todo if proposals[place].technique.widens}
+    proto, constants = _with_dense(model, list(parts.values()), widened)
     stream = Stream(proto, subset, list(batches(len(subset), size)), runtime, model.folder)
     masks = [padding_mask(entry, mask) for entry in stream.values]
     reference = [visible_outputs(entry, keep) for entry, keep in zip(stream.fork().finish(), masks, strict=True)]
@@ -173,8 +174,13 @@ def _front(site: Site) -> tuple[Site, ...]:
     return _parts(site)[:1] if site.kind == "tied" else _parts(site)
 
 
-def _with_dense(model: Model, parts: Sequence[Site]) -> tuple[Any, dict[str, dict[str, tuple[str, Array]]]]:
+def _with_dense(
+    model: Model, parts: Sequence[Site], widened: Collection[str] = ()
+) -> tuple[Any, dict[str, dict[str, tuple[str, Array]]]]:
     """Give every part constants of its own.
+
+    Args:
+        widened: Names of recurrent cells whose states have to be varied behind them as well.
 
     Returns:
         The model, and by part the constants by name: role (``weight`` or the node of a bias) and value.
@@ -184,6 +190,7 @@ def _with_dense(model: Model, parts: Sequence[Site]) -> tuple[Any, dict[str, dic
     for part in parts:
         if part.kind == "recurrent":
             stored = dense_cell(part, part.weight, part.attributes["bias"])
+            stored |= widening(part, None) if part.name in widened else {}
             replacements += [fused(part, use, stored) for use in part.uses]
             constants[part.name] = {f"{part.name}/{role}": (role, value) for role, value in stored.items()}
             continue
@@ -248,7 +255,9 @@ def _stored(site: Site, part: Site, role: str, value: Array, dense: Mapping[str,
     entry = dense.get(part.name)
     if part.kind == "recurrent":
         bias = None if entry is None else next(iter(entry.biases.values()), None)
-        return value if entry is None else dense_cell(part, entry.weight, bias)[role]
+        if entry is None:
+            return value
+        return {**dense_cell(part, entry.weight, bias), **widening(part, entry.behind)}[role]
     if part.kind in ("convolution", "embedding"):
         changed = entry is not None and (role == "weight" or role in entry.biases)
         made = (entry.weight if role == "weight" else entry.biases[role]) if entry is not None and changed else value

@@ -3,6 +3,8 @@
 Roles of the factors: ``first`` (I, r) projects the input, ``second`` (D, N, r) stands in the place of W;
 ``state_first`` (D, s, H) projects the state, ``state_second`` (D, N, s) stands in the place of R; without a
 first factor the second is the dense weight. ``bias`` (D, 2 N) is the whole B. N = gates * hidden.
+``chosen`` (D, k) are the hidden units of a cell that keeps only some, ``widen`` (D, k, H) makes all states of
+those again behind the cell, and ``widen_bias`` (D, 1, H) is added; with one direction they lack their first axis.
 """
 
 from __future__ import annotations
@@ -47,8 +49,72 @@ def fused(site: Site, use: Use, factors: Factors) -> Replacement:
     if "bias" in factors:
         inputs[3:4] = [gs.Constant(f"{site.name}/bias", factors["bias"])]
     outputs = [_tensor(name) for name in node.output]
-    nodes.append(gs.Node(site.op, f"{use.node}/cell", _attributes(node), inputs, outputs))
+    attributes = _attributes(node)
+    if "chosen" in factors:
+        attributes["hidden_size"] = factors["chosen"].shape[1]
+        for place in (5, 6, 7):
+            if operand(node, place):
+                inputs[place] = _narrowed(site, use, nodes, place, factors["chosen"])
+    if "widen" in factors:
+        nodes += _widening(site, use, outputs, factors)
+    nodes.append(gs.Node(site.op, f"{use.node}/cell", attributes, inputs, outputs))
     return Replacement(use.scope, (use.node,), tuple(nodes))
+
+
+def _narrowed(site: Site, use: Use, nodes: list[gs.Node], place: int, chosen: Array) -> gs.Variable:
+    """Of an initial state (D, B, H), or of the peepholes (D, 3 H), what belongs to the chosen units."""
+    at = _Nodes(use.node, site.attributes["opset"], nodes)
+    given = gs.Variable(operand(site.attributes[use.node], place))
+    hidden = site.attributes["hidden"]
+    parts = []
+    for d, units in enumerate(chosen):
+        wanted = np.concatenate([units + hidden * gate for gate in range(3)]) if place == 7 else units
+        part = given
+        if len(chosen) > 1:
+            own = at.constant(f"direction_{d}", np.array([d], np.int64))
+            part = at.add("Gather", [given, own], f"input{place}_{d}", axis=0)
+        units_of = at.constant(f"{'gates' if place == 7 else 'units'}_{d}", wanted.astype(np.int64))
+        parts.append(at.add("Gather", [part, units_of], f"kept{place}_{d}", axis=-1))
+    made: gs.Variable = parts[0] if len(parts) == 1 else at.add("Concat", parts, f"kept{place}", axis=0)
+    return made
+
+
+def _widening(site: Site, use: Use, outputs: list[gs.Tensor], factors: Factors) -> list[gs.Node]:
+    """Make every state of the first outputs again; the cell then writes others, put into ``outputs``."""
+    nodes = []
+    names = {role: f"{site.name}/{role}" for role in ("widen", "widen_bias")}
+    for place, wanted in enumerate(outputs[:2]):
+        if not wanted.name:
+            continue
+        inner, product = (gs.Variable(f"{use.node}/{name}{place}") for name in ("narrow", "wide"))
+        biased = "widen_bias" in factors
+        constant = gs.Constant(names["widen"], factors["widen"])
+        nodes.append(
+            gs.Node(
+                "MatMul", f"{use.node}/widen{place}", {}, [inner, constant], [product if biased else outputs[place]]
+            )
+        )
+        if biased:
+            added = gs.Constant(names["widen_bias"], factors["widen_bias"])
+            nodes.append(gs.Node("Add", f"{use.node}/widen_add{place}", {}, [product, added], [outputs[place]]))
+        outputs[place] = inner
+    return nodes
+
+
+def widening(site: Site, behind: Array | None) -> dict[str, Array]:
+    """The factors that widen the states of a cell.
+
+    Args:
+        behind: (D, k + 1, H), the last row is added; None changes nothing.
+    """
+    hidden, directions = site.attributes["hidden"], site.attributes["directions"]
+    if behind is None:
+        behind = np.concatenate([np.eye(hidden), np.zeros((1, hidden))])[None].repeat(directions, axis=0)
+    made, bias = behind[:, :-1], behind[:, -1:]
+    # Without the axis of the directions onnxruntime takes all steps in one product.
+    if directions == 1:
+        made, bias = made[0], bias[0, 0]
+    return {"widen": store(made, site), "widen_bias": store(bias, site)}
 
 
 def dense_cell(site: Site, weight: Array, bias: Array | None) -> dict[str, Array]:

@@ -193,7 +193,7 @@ def _watched(proto: ModelProto, sites: Sequence[Site]) -> tuple[ModelProto, dict
     wanted = {use.node for site in sites for use in site.uses}
     outputs: dict[str, str] = {}
     names: list[str] = []
-    made = {name for node in copy.graph.node for name in node.output}
+    made = {name for node in copy.graph.node for name in node.output if name}
     for node in copy.graph.node:
         if node.name in wanted:
             if not node.output[0]:

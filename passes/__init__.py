@@ -18,6 +18,7 @@ from lowrank_onnx.passes.nystrom import Nystrom
 from lowrank_onnx.passes.recurrent_cell import RecurrentCell
 from lowrank_onnx.passes.recurrent_input import RecurrentInput
 from lowrank_onnx.passes.recurrent_stored import RecurrentStored
+from lowrank_onnx.passes.recurrent_units import RecurrentUnits
 from lowrank_onnx.passes.shared_input import SharedInput
 from lowrank_onnx.passes.spatial import Spatial
 from lowrank_onnx.passes.svd import SVD
@@ -33,6 +34,7 @@ PASSES: tuple[type[Pass], ...] = (
     RecurrentInput,
     RecurrentStored,
     RecurrentCell,
+    RecurrentUnits,
     Spatial,
     Channel,
     Tucker,

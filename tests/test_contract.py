@@ -650,7 +650,23 @@ def put_dense_recurrent(posed: Problem, dense: Mapping[str, Dense]) -> ModelProt
                 stored = np.ascontiguousarray(value, posed.by_name[name].weight.dtype)
                 proto.graph.initializer.append(onnx.numpy_helper.from_array(stored, f"dense/{use.node}/{place}"))
                 nodes[use.node].input[place] = f"dense/{use.node}/{place}"
+            if entry.behind is not None:
+                _put_behind(proto, nodes[use.node], entry.behind.astype(posed.by_name[name].weight.dtype))
     return proto
+
+
+def _put_behind(proto: ModelProto, cell: NodeProto, behind: Array) -> None:
+    """Multiply the states of every direction (the axis in front of the batch) by its own matrix, by hand."""
+    for place, wanted in enumerate(cell.output[:2]):
+        if wanted:
+            cell.output[place] = f"dense/{wanted}"
+            made = onnx.helper.make_node
+            stored = {f"dense/{wanted}/product": behind[:, :-1], f"dense/{wanted}/sum": behind[:, -1:]}
+            for name, value in stored.items():
+                proto.graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(value), name))
+            many, one = stored
+            proto.graph.node.append(made("MatMul", [cell.output[place], many], [f"{many}/y"], name=many))
+            proto.graph.node.append(made("Add", [f"{many}/y", one], [wanted], name=one))
 
 
 def recurrent_error(posed: Problem, site: Site, lost: Mapping[str, float]) -> float:

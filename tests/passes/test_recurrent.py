@@ -15,12 +15,14 @@ from onnx import ModelProto
 
 from lowrank_onnx.base import Factors, Site
 from lowrank_onnx.decompositions.gates import Preactivations, sensitivity
-from lowrank_onnx.errors import DataError, ModelError
+from lowrank_onnx.errors import DataError, LowRankError, ModelError
+from lowrank_onnx.model import from_proto
 from lowrank_onnx.passes.recurrent import RecurrentPass
 from lowrank_onnx.passes.recurrent_cell import RecurrentCell
 from lowrank_onnx.passes.recurrent_input import RecurrentInput
 from lowrank_onnx.passes.recurrent_stored import RecurrentStored
 from lowrank_onnx.pipeline import compress
+from lowrank_onnx.quantized import dynamic_int8
 from lowrank_onnx.recurrent_chains import fused, spelled, unspoken
 from lowrank_onnx.rewrite import rewrite
 from lowrank_onnx.runtime import open_session
@@ -388,3 +390,33 @@ def test_a_layer_behind_the_second_output_of_a_cell() -> None:
     samples = [{"x": correlated((7, 1, 8), seed=place)} for place in range(6)]
     report = compress(proto, keep_params=0.7, calibrate=samples, threads=1, cache=False).report
     assert report["ratio"]["parameters"] <= 0.7
+
+
+@pytest.mark.parametrize(("lengths", "reason"), [([9, 4], "'m' is 2 here and 3"), ([9, 4, 12], "sequence_lens")])
+def test_lengths_that_do_not_fit_the_tensor_are_told(lengths: list[int], reason: str) -> None:
+    """Two lengths for three sequences; a length beyond the nine steps there are."""
+    proto = cell("LSTM", "forward", NONE | {"bias": True, "lengths": True, "y": True})
+    sample = feeds(proto, 9) | {"n": np.array(lengths, np.int32)}
+    with pytest.raises(LowRankError, match=reason):
+        problem(proto, [sample, sample])
+
+
+def test_steps_behind_the_end_of_a_sequence_are_not_observed() -> None:
+    """Sequences shorter than the tensor: what stands behind them changes nothing."""
+    proto = cell("GRU", "bidirectional", NONE | {"bias": True, "lengths": True, "y": True})
+    sample = feeds(proto, 9)
+    seen = moments(problem(proto, [sample] * 2))["cell"]["x"]
+    for m, length in enumerate(sample["n"]):
+        sample["x"][length:, m] = 1e3
+    other = moments(problem(proto, [sample] * 2))["cell"]["x"]
+    assert seen.rows == other.rows == 2 * int(sample["n"].sum())
+    np.testing.assert_allclose(other.gram, seen.gram, rtol=1e-6)
+
+
+def test_the_int8_model_beside_ours_has_an_int8_cell() -> None:
+    """What onnxruntime has for LSTM, and has not for GRU."""
+    options = NONE | {"bias": True, "y": True}
+    made = dynamic_int8(from_proto(cell("LSTM", "forward", options)))
+    assert [node.op_type for node in made.graph.node] == ["DynamicQuantizeLSTM"]
+    with pytest.raises(ModelError, match="nothing to quantize"):
+        dynamic_int8(from_proto(cell("GRU", "forward", options)))
