@@ -233,6 +233,7 @@ class Pass(ABC):
         reference: Where the method comes from.
         default: Whether it takes part when no ``--technique`` is given.
         needs_data: Whether it has nothing to offer without calibration data.
+        spells_out: Whether it puts plain operators in the place of a fused one; then only where that measured faster.
         widens: Whether its dense equivalents have something behind the weight.
     """
 
@@ -241,6 +242,7 @@ class Pass(ABC):
     reference: ClassVar[str]
     default: ClassVar[bool] = True
     needs_data: ClassVar[bool] = False
+    spells_out: ClassVar[bool] = False
     widens: ClassVar[bool] = False
 
     @abstractmethod

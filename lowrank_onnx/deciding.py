@@ -39,9 +39,6 @@ def decide(run: Run, target: Target) -> Planned:
     searched = settings.minimize if target.kind == "max_drop" else target.kind
     working = searched in ("keep_macs", "speedup", "latency", "macs")
     sites, proposals, refusals = offers(run, run.observe(), target.option, working, target.rank)
-    if target.kind in BUDGETS and target.kind != "keep_macs":
-        with run.clock.step("time"):
-            proposals = quickest(problem, proposals, open_cache(settings.cache), run.progress)
     damage = probed(run, proposals) if target.kind != "rank" else damage_of(proposals, {})
 
     def finish(selection: Selection) -> Selection:
@@ -100,6 +97,12 @@ def offers(
     reasons |= refusals
     if not proposals:
         raise TargetError(f"{option} cannot be met: no layer can be factorized ({_summary(reasons)})")
+    if wish is None:
+        with run.clock.step("time"):
+            cache = open_cache(settings.cache)
+            proposals = quickest(run.problem, proposals, cache, run.progress, equal=not working)
+        if not proposals:
+            raise TargetError(f"{option} cannot be met: every recurrent form measured slower than the fused operator")
     return sites, proposals, reasons
 
 

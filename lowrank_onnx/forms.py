@@ -1,4 +1,4 @@
-"""Techniques that make the same factors and differ in how they run: at each rank the quicker one stays."""
+"""Forms of recurrent cells: those that measured slower than what they replace, or than a rival, are dropped."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from lowrank_onnx.statistics import Progress
 
 
 def quickest(
-    problem: Problem, proposals: Sequence[Proposal], cache: Cache, progress: Progress | None
+    problem: Problem, proposals: Sequence[Proposal], cache: Cache, progress: Progress | None, equal: bool
 ) -> list[Proposal]:
-    """Drop every candidate of a recurrent cell that another form of the same factors beats in time.
+    """Drop forms of recurrent cells that a measurement speaks against.
 
-    A budget of parameters or bytes would not tell the forms apart. Where the time cannot be measured, the
-    form that keeps the operators of the model stays.
+    A cell spelled out in plain operators stays only where it was faster than the fused operator. Where the time
+    cannot be measured, the form that keeps the operators of the model stays.
+
+    Args:
+        problem: The problem.
+        proposals: What is offered, for all kinds of sites.
+        cache: Of latencies.
+        progress: Told of every timing.
+        equal: Whether forms of the same factors count the same, as they do for parameters and bytes; then the
+            quickest of them stays.
     """
-    forms: dict[str, list[int]] = {}
-    for place, entry in enumerate(proposals):
-        if entry.site.kind == "recurrent":
-            forms.setdefault(entry.site.name, []).append(place)
-    places = [place for group in forms.values() if len(group) > 1 for place in group]
+    places = [place for place, entry in enumerate(proposals) if entry.site.kind == "recurrent"]
     if not places:
         return list(proposals)
     timed = [proposals[place] for place in places]
@@ -36,18 +40,24 @@ def quickest(
         if number in curves
         for candidate in entry.candidates
     }
+    dropped: set[int] = set()
     best: dict[tuple[str, tuple[int, ...]], Candidate] = {}
-    for entry in timed:
+    for number, entry in enumerate(timed):
         for candidate in entry.candidates:
+            took = microseconds.get(id(candidate))
+            if entry.technique.spells_out and took is not None and took >= curves[number].dense_us:
+                dropped.add(id(candidate))
+                continue
             key = (candidate.site, candidate.ranks)
-            if key not in best or _better(candidate, best[key], microseconds):
-                best[key] = candidate
-    kept = {id(candidate) for candidate in best.values()}
+            if equal and key in best:
+                slower = best[key] if _better(candidate, best[key], microseconds) else candidate
+                dropped.add(id(slower))
+                if slower is candidate:
+                    continue
+            best[key] = candidate
     left = [
-        dataclasses.replace(
-            entry, candidates=tuple(c for c in entry.candidates if place not in places or id(c) in kept)
-        )
-        for place, entry in enumerate(proposals)
+        dataclasses.replace(entry, candidates=tuple(c for c in entry.candidates if id(c) not in dropped))
+        for entry in proposals
     ]
     return [entry for entry in left if entry.candidates]
 

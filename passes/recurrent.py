@@ -41,7 +41,6 @@ class RecurrentPass(Pass):
 
     kinds = ("recurrent",)
     takes_state: ClassVar[bool] = True
-    steps_folded: ClassVar[bool] = True
     multiple: int = 0
     ridge: float = 0.0
 
@@ -109,7 +108,7 @@ class RecurrentPass(Pass):
         """See Pass.candidate."""
         made = analysis.basis.factors(*ranks)
         own, state = _elements(made.first, made.second), _elements(made.state_first, made.state_second)
-        run = own + (analysis.basis.r.size if self.steps_folded else state)
+        run = own + (state if self.spells_out else analysis.basis.r.size)
         steps = None if site.macs is None else site.macs // site.weight.size
         factors = self._stored(site, analysis, made)
         nodes = [node for use in site.uses for node in self.replace(site, use, factors).nodes]

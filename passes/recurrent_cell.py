@@ -22,7 +22,7 @@ class RecurrentCell(RecurrentPass):
 
     name = "recurrent_cell"
     reference = "Prabhavalkar et al. 2016, arXiv:1603.08042, in the metric of the running cell"
-    steps_folded: ClassVar[bool] = False
+    spells_out: ClassVar[bool] = True
 
     def refuse(self, site: Site) -> str | None:
         """See Pass.refuse."""
