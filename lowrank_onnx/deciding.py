@@ -20,6 +20,11 @@ from lowrank_onnx.run import Run
 from lowrank_onnx.search import reach_speedup, stay_within
 from lowrank_onnx.target import BUDGETS, Target
 
+_FUSED = (
+    "cells that measured slower spelled out than fused stay fused, and a fused cell saves work in front of its "
+    "recurrence only; --keep-params and --keep-size can have more"
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Planned:
@@ -49,7 +54,12 @@ def decide(run: Run, target: Target) -> Planned:
         kept = "another technique took it"
     elif target.kind in BUDGETS:
         with run.clock.step("allocate"):
-            selection = meet_budget(problem, proposals, damage, target.kind, target.value)
+            try:
+                selection = meet_budget(problem, proposals, damage, target.kind, target.value)
+            except TargetError as error:
+                if any(site.kind == "recurrent" for site in sites) and target.kind == "keep_macs":
+                    raise TargetError(f"{error}; {_FUSED}") from error
+                raise
         del proposals, damage  # the analyses of what is not chosen take hundreds of megabytes of a large model
         selection = finish(selection)
         kept = "dense is the better use of the budget: other layers lose less"
