@@ -48,6 +48,13 @@ def test_layers_without_rank_are_kept_with_the_reason() -> None:
     assert kept["decision"] == "kept" and "evbmf finds rank 0" in kept["reason"]
 
 
+@pytest.mark.parametrize("rule", ["evbmf", "ard"])
+def test_a_weight_of_exactly_low_rank_keeps_it(rule: str) -> None:
+    rng = np.random.default_rng(0)
+    exact = (rng.standard_normal((64, 4)) @ rng.standard_normal((4, 48))).astype(np.float32)
+    assert ranks(compress(model(exact), rank=rule, technique=["svd"]).report) == [[5], [4]]
+
+
 def test_weakening_and_the_floor() -> None:
     second = planted(64, 48, 3, seed=1).astype(np.float32)
     weak = compress(model(second), rank="evbmf:weaken=0.25", technique=["svd"])

@@ -14,7 +14,7 @@ import numpy as np
 from lowrank_onnx.decompositions.evbmf import Posterior, evidence
 from lowrank_onnx.linalg import Array, finite_svd
 
-_SHAPE, _RATE = 1e-6, 1e-6  # a₀, b₀: hardly an opinion
+_SHAPE, _RATE = 1e-6, 1e-6  # a₀, b₀: hardly an opinion, on a matrix whose entries have mean square 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,12 +89,14 @@ def relevance(sigma: Array, shape: tuple[int, int], noise: float | None = None, 
     """
     short, long = sorted(shape)
     start = evidence(sigma, shape, noise)
-    level = start.noise
     gamma = np.asarray(sigma, np.float64)
     gamma = gamma[gamma > 0]
-    if level == 0 or not len(gamma):
+    if start.noise == 0 or not len(gamma):
+        gamma = gamma[: start.rank]
         root, none = np.sqrt(gamma), np.zeros(len(gamma))
-        return Relevance(root, root, none, none, np.where(gamma > 0, 1 / np.maximum(gamma, 1e-300), np.inf), 0.0, 0)
+        return Relevance(root, root, none, none, 1 / gamma, 0.0, 0)
+    scale = float(np.linalg.norm(gamma)) / np.sqrt(short * long)  # b₀ has a unit, the answer must not depend on it
+    gamma, level = gamma / scale, start.noise / scale**2
     total = float(gamma @ gamma)
     done = 0
     while True:
@@ -105,7 +107,8 @@ def relevance(sigma: Array, shape: tuple[int, int], noise: float | None = None, 
             break
         gamma = gamma[useful]  # a local optimum each; without them the level of the noise is another one
     a, b, s_a, s_b, alpha = (values[useful] for values in found)
-    return Relevance(a, b, s_a, s_b, alpha, level, done)
+    root = np.sqrt(scale)
+    return Relevance(root * a, root * b, scale * s_a, scale * s_b, alpha / scale, scale**2 * level, done)
 
 
 def _updates(

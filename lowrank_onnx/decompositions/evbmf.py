@@ -19,6 +19,7 @@ from lowrank_onnx.linalg import Array, finite_svd
 
 _SCAN = 400  # noise levels looked at before polishing: the free energy has a minimum for nearly every rank
 _POLISHED = 5
+_ROUNDING = 1e-14  # of the mean square of the entries: less noise than this is rounding to single precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +78,7 @@ class Evidence:
     """What the singular values tell of a matrix (m, n).
 
     Attributes:
-        rank: Components whose posterior mean is not zero.
+        rank: Components whose posterior mean is not zero; without noise those that stand out of rounding.
         noise: σ².
         shrunk: (rank,) singular values of the posterior mean, each below the one of the matrix.
     """
@@ -153,10 +154,11 @@ def evidence(sigma: Array, shape: tuple[int, int], noise: float | None = None) -
     if not sigma.any():
         return Evidence(0, 0.0 if noise is None else noise, np.zeros(0))
     level = noise_variance(sigma, shape) if noise is None else noise
+    # Without noise there is still rounding: the singular values beyond the rank of a stored weight are never zero.
+    rounding = _ROUNDING * float(sigma @ sigma) / (short * long)
+    rank = int(np.count_nonzero(sigma**2 > long * max(level, rounding) * threshold(short / long)))
     if level == 0:
-        rank = int(np.count_nonzero(sigma))
         return Evidence(rank, 0.0, sigma[:rank])
-    rank = int(np.count_nonzero(sigma**2 > long * level * threshold(short / long)))
     return Evidence(rank, level, shrink(sigma[:rank], shape, level))
 
 
@@ -199,7 +201,7 @@ def noise_variance(sigma: Array, shape: tuple[int, int]) -> float:
     high = float(squared.sum()) / (short * long)
     after = squared[most] / (long * limit) if most < short else 0.0
     low = max(float(after), float(squared[most:].mean()) / long if most < short else 0.0)
-    if low <= 1e-14 * high:
+    if low <= _ROUNDING * high:
         return 0.0  # less than full rank, without noise
     steps = squared / (long * limit)
     inside = steps[(steps > low) & (steps < high)]

@@ -57,6 +57,30 @@ def test_without_noise_nothing_is_shrunk() -> None:
         assert np.abs(made.mean - matrix).max() <= 1e-6 * np.abs(matrix).max()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(30, 40), (64, 48), (48, 48)])
+def test_rounding_is_no_component(shape: tuple[int, int], dtype: type) -> None:
+    """A weight of less than full rank has singular values of its rounding, which are not zero."""
+    rng = np.random.default_rng(0)
+    matrix: Array = (rng.standard_normal((shape[0], 4)) @ rng.standard_normal((4, shape[1]))).astype(dtype)
+    assert evbmf(matrix).rank == ard(matrix).rank == 4
+    half = np.concatenate([rng.standard_normal((shape[0] // 4, shape[1])), np.zeros((shape[0] // 2, shape[1]))])
+    assert evbmf(half.astype(dtype)).rank == ard(half.astype(dtype)).rank == shape[0] // 4
+
+
+@pytest.mark.parametrize("power", [0.3, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3])
+def test_units_do_not_matter(scale: float, power: float) -> None:
+    sigma = np.arange(1.0, 201.0) ** -power
+    for rule in (evidence, relevance):
+        one, other = rule(sigma, (200, 300)), rule(scale * sigma, (200, 300))
+        assert one.rank == other.rank
+        assert np.allclose(scale * one.shrunk, other.shrunk, rtol=1e-6)
+        assert other.noise == pytest.approx(scale**2 * one.noise, rel=1e-6)
+    known = evidence(sigma, (200, 300)).noise
+    assert relevance(sigma, (200, 300), known).rank == relevance(scale * sigma, (200, 300), scale**2 * known).rank
+
+
 def test_zeros_and_wrong_input() -> None:
     assert evbmf(np.zeros((4, 6))).rank == ard(np.zeros((4, 6))).rank == 0
     for function in (evbmf, ard):
