@@ -7,7 +7,8 @@ more cautious.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ _MEASURED_SAMPLES = 256
 _STEPS = 5
 _REFINED_STEPS = 3
 _SPEED_STEPS = 8
+_CONFIRMED = 5  # models held against the evaluation data
 _SECONDS = 2.5
 
 
@@ -137,7 +139,9 @@ def stay_within(
     most = largest_saving(options)
     if most <= 0:
         raise TargetError(f"--max-drop {wish:g}: no layer gets better in {unit} by any rank on the grid; nothing helps")
-    good, bad, share, best = 0.0, 1.0, 0.4, None
+    good, bad, share = 0.0, 1.0, 0.4
+    best: Selection | None = None
+    known: dict[float, float] = {}
     for step in range(_STEPS + _REFINED_STEPS):
         # Refining costs more than all the rest: first find the neighbourhood without it.
         refining = step >= _STEPS
@@ -146,7 +150,9 @@ def stay_within(
         selection = _at(problem, options, share * most)
         if selection is not None and refining:
             selection = finish(selection)
-        fits = selection is not None and judge.on_calibration(selection) <= judge.allowed
+        if selection is not None:
+            known[share] = judge.on_calibration(selection)
+        fits = selection is not None and known[share] <= judge.allowed
         if progress is not None:
             progress("search", step + 1, _STEPS + _REFINED_STEPS)
         if fits:
@@ -154,25 +160,35 @@ def stay_within(
             if refining:
                 bad = max(bad, min(1.0, 1.15 * share))
         else:
-            bad, good = share, min(good, 0.8 * share)
+            # What fitted only without being refined may have done so by luck.
+            bad, good = share, good if best is not None else min(good, 0.8 * share)
         share = (good + bad) / 2
-    return _confirmed(problem, options, most, good, best, judge, unit, finish)
+
+    def retry(share: float) -> Selection | None:
+        made = _at(problem, options, share * most)
+        return None if made is None or not made.choices else finish(made)
+
+    return _confirmed(problem, good, best, known, judge, unit, retry)
 
 
 def _confirmed(
     problem: Problem,
-    options: Sequence[Option],
-    most: float,
-    good: float,
+    share: float,
     best: Selection | None,
+    known: Mapping[float, float],
     judge: _Judge,
     unit: str,
-    finish: Finish,
+    retry: Callable[[float], Selection | None],
 ) -> Selection:
-    """Hold the result against the evaluation data and the clock; step back while it falls short."""
-    told = "every rank on the grid loses more"
-    share = good
-    for _ in range(4):
+    """Hold the result against the evaluation data and the clock; step back while it falls short.
+
+    Args:
+        share: The saving of ``best``, as a share of the largest.
+        known: Drops on calibration data by saving, with which a shortfall tells how far to step back.
+        retry: Makes the model of another saving.
+    """
+    told, least = "every rank on the grid loses more", math.inf
+    for _ in range(_CONFIRMED):
         if best is None:
             break
         drop = judge.at_the_end(best)
@@ -183,12 +199,26 @@ def _confirmed(
             if ratio.low > 1:
                 return best
             told = f"the best within it is {ratio.value:.2f} times as fast ({ratio.low:.2f} to {ratio.high:.2f})"
+            share *= 0.6
         else:
-            told = f"{drop:.4f} is the least drop measured on the evaluation data"
-        share *= 0.6
-        made = _at(problem, options, share * most)
-        best = None if made is None or not made.choices else finish(made)
+            least = min(least, drop)
+            told = f"{least:.4f} is the least drop measured on the evaluation data"
+            share = _step_back(known, share, 0.9 * judge.wish / drop)
+        best = retry(share)
     raise TargetError(f"--max-drop {judge.wish:g} leaves nothing to gain in {unit}: {told}")
+
+
+def _step_back(known: Mapping[float, float], share: float, factor: float) -> float:
+    """The saving at which the drop is ``factor`` times that at ``share``, by how the known drops fall.
+
+    Evaluation data are taken to lose a constant multiple of what calibration data lose.
+    """
+    shares = np.log(np.array(sorted(known)))
+    drops = np.log(np.maximum(np.maximum.accumulate([known[key] for key in sorted(known)]), 1e-12))
+    drops += 1e-9 * np.arange(len(drops))  # rising, not only never falling
+    wanted = float(np.interp(math.log(share), shares, drops)) + math.log(factor)
+    found = math.exp(float(np.interp(wanted, drops, shares)))
+    return min(max(found, 0.5 * share), 0.95 * share)
 
 
 class _Judge:
