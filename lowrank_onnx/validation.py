@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -312,10 +312,27 @@ def expected_timing(
 
 def _bound(session: Any, feeds: Mapping[str, Array], runtime: Runtime) -> Any:
     """A call that runs the session once, with inputs on the device and outputs left there."""
+    shapes = {value.name: tuple(value.shape) for value in session.get_inputs()}
+    fitted = fit_empty(feeds, shapes)
+    if any(value.dtype.kind in "OSU" for value in fitted.values()):  # text has no device to be on
+
+        def call() -> None:
+            session.run(None, fitted)
+
+    else:
+        call = _on_device(session, fitted, runtime)
+
+    try:
+        call()
+    except Exception as error:  # onnxruntime raises a class of its own for each status code
+        raise ModelError(f"onnxruntime could not run the model on the given shapes: {one_line(error)}") from error
+    return call
+
+
+def _on_device(session: Any, feeds: Mapping[str, Array], runtime: Runtime) -> Callable[[], None]:
     ort = onnxruntime()
     binding = session.io_binding()
-    shapes = {value.name: tuple(value.shape) for value in session.get_inputs()}
-    for name, value in fit_empty(feeds, shapes).items():
+    for name, value in feeds.items():
         binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value, runtime.provider, 0))
     for output in session.get_outputs():
         binding.bind_output(output.name, runtime.provider)
@@ -324,10 +341,6 @@ def _bound(session: Any, feeds: Mapping[str, Array], runtime: Runtime) -> Any:
         session.run_with_iobinding(binding)
         binding.synchronize_outputs()
 
-    try:
-        call()
-    except Exception as error:  # onnxruntime raises a class of its own for each status code
-        raise ModelError(f"onnxruntime could not run the model on the given shapes: {one_line(error)}") from error
     return call
 
 

@@ -12,6 +12,7 @@ from lowrank_onnx.linalg import Array
 from lowrank_onnx.metrics import Metric
 from lowrank_onnx.runtime import Runtime, input_specs, open_session
 from lowrank_onnx.validation import Collector, benchmark, compare
+from tests.builders import build
 
 RUNTIME = Runtime(threads=1)
 
@@ -88,3 +89,11 @@ def test_the_slower_model_is_told_and_the_interval_holds_the_point() -> None:
     slow = timing.ratios[1]
     assert slow.low <= slow.value <= slow.high < 1
     assert timing.ratios[0].value == 1
+
+
+def test_models_that_read_text_are_timed() -> None:
+    graph = """g (string[n] s, float[n,4] x) => (string[n] t, float[n,4] y) { t = Identity(s) y = MatMul(x, w) }"""
+    session = open_session(build(graph, {"w": np.eye(4, dtype=np.float32)}), RUNTIME)
+    feeds = {"s": np.array(["a", "b"], dtype=object), "x": np.ones((2, 4), np.float32)}
+    timing = benchmark([session, session], feeds, RUNTIME, seconds=0.1)
+    assert timing.latencies[0].median > 0
