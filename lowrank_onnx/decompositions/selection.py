@@ -82,9 +82,10 @@ def order_units(weight: Array, gram: Array, ridge: float, step: int = 8, energy:
     places = np.array(order)
     total = float(np.einsum("fn,fn->", weight, gram @ weight)) if energy is None else energy
     counts = (*range(step, units, step), units)
-    penalty = ridge * float(np.trace(gram)) / units
+    penalty = ridge * float(np.trace(gram)) / units  # 0 leaves units without variance a factor of zeros
     output = [
-        max(objective[count] - penalty * _departure(factor[places], weight[places], count), 0.0) for count in counts
+        max(objective[count] - (penalty * _departure(factor[places], weight[places], count) if penalty else 0.0), 0.0)
+        for count in counts
     ]
     falling = np.minimum.accumulate([*output[:-1], 0.0])
     return UnitOrder(places, counts, tuple(float(value) for value in falling), total)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import lowrank_onnx
+from lowrank_onnx.decompositions.selection import order_units
 from lowrank_onnx.passes.feedforward import Feedforward
 
 
@@ -34,3 +36,14 @@ def test_refitting_the_layer_in_helps(models: Path, monkeypatch: pytest.MonkeyPa
     names = [t.name for t in with_it.model.graph.initializer if t.name.endswith("/units")]
     stored = [{t.name: t.raw_data for t in result.model.graph.initializer} for result in (with_it, without)]
     assert any(stored[0][name] != stored[1][name] for name in names)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.001])
+@pytest.mark.parametrize("alive", [0, 3])
+def test_units_that_never_fire_are_given_up_first(alive: int, ridge: float) -> None:
+    """A block that the calibration data leave silent must not end the run."""
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((50, 12)) * (np.arange(12) < alive)
+    order = order_units(rng.standard_normal((12, 5)), hidden.T @ hidden / 50, ridge, step=4)
+    assert set(order.order[:4]) >= set(range(alive))
+    assert order.relative(4) < 0.01
