@@ -61,7 +61,7 @@ def by_frequency(weights: Array, count: int) -> Array:
     Rows of one weight stay together, as nothing tells them apart; there may be fewer groups than asked for.
     """
     order = np.argsort(-weights, kind="stable")
-    shares = np.cumsum(4.0 ** np.arange(count))
+    shares = np.cumsum(4.0 ** np.arange(1 - count, 1))  # the last is 1: of many groups the first vanish
     cuts = (shares[:-1] / shares[-1] * len(weights)).astype(int)
     limits = np.unique(-weights[order[cuts]])
     return np.asarray(np.searchsorted(limits, -weights, side="right"))  # a row at a limit is of the rarer group

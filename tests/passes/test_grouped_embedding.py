@@ -50,3 +50,9 @@ def test_indices_mean_what_they_meant() -> None:
     for index in (50, -51):
         with pytest.raises(Exception, match="out of data bounds"):
             answers(made, {"i": np.full((1, 1), index)})
+
+
+@pytest.mark.parametrize("count", [40, 600, 5000])
+def test_more_groups_than_rows(count: int) -> None:
+    weights = np.arange(30, 0, -1.0)
+    assert np.unique(by_frequency(weights, count)).size == np.unique(by_frequency(weights, 30)).size
