@@ -67,7 +67,7 @@ def read_plan(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise PlanError(f"plan '{file}' cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, ValueError) as error:
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise PlanError(f"plan '{file}' is not JSON: {error}; make one with lowrank-onnx plan") from error
     return check_plan(content, f"'{file}'")
 

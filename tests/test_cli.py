@@ -342,7 +342,10 @@ def test_plan_of_another_model(run: Run, folder: Path) -> None:
     assert_refused(run, folder, "apply", "other.onnx", "p.json", "-o", "out.onnx", says="digest")
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"lowrank_onnx_plan": 1}', '{"lowrank_onnx_plan": 2}', "\0"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"lowrank_onnx_plan": 1}', '{"lowrank_onnx_plan": 2}', "\0", "[" * 100_000],
+    ids=["empty", "list", "dict", "format 1", "format 2", "binary", "nested"],
+)  # fmt: skip
 def test_plan_that_is_none(run: Run, folder: Path, content: str) -> None:
     (folder / "p.json").write_text(content)
     assert_refused(run, folder, "apply", "m.onnx", "p.json", "-o", "out.onnx", says="p.json")
