@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -370,7 +371,10 @@ def _parse(technique: str, name: str, text: str, annotation: str) -> Any:
     try:
         if annotation == "bool":
             return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
-        return {"int": int, "float": float, "str": str}[annotation](text)
+        value = {"int": int, "float": float, "str": str}[annotation](text)
+        if isinstance(value, float) and not math.isfinite(value):  # NaN passes every check of a range
+            raise ValueError(text)
+        return value
     except (KeyError, ValueError) as error:
         raise LowRankError(
             f"option '{name}' of technique '{technique}' must be of type {annotation}, got '{text}'"
