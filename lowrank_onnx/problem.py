@@ -128,6 +128,8 @@ def pose(
     model = open_model(source)
     session = open_session(model.original, runtime, model.folder, what=f"model '{model.path or 'in memory'}'")
     specs = input_specs(session)
+    if mask is not None and mask not in {spec.name for spec in specs}:
+        raise DataError(f"--mask '{mask}' is no input of the model; inputs: {', '.join(spec.name for spec in specs)}")
     chosen = resolve_metric(metric) if isinstance(metric, str) else metric
     data = {
         option: read_data(entry, specs, option)

@@ -387,9 +387,9 @@ def test_target_out_of_range(run: Run, folder: Path, wish: tuple[str, str]) -> N
      (("--technique", "svd:multiple=x"), "multiple"), (("--technique", "svd:multiple"), "option=value"),
      (("--technique", "svd:ridge=-1"), "ridge"), (("--technique", "svd:ridge=nan"), "'nan'"),
      (("--include", "nope*"), "nope*"), (("--exclude", "nope*"), "nope*"),
-     (("--mask", "nope", "--calibrate", "c.npz"), "--mask"), (("--shape", "x=2"), "--shape"),
-     (("--shape", "z=2,3"), "'z'"), (("--shape", "x"), "--shape"), (("--shape", "x=2,33"), "--shape"),
-     (("--shape", "x=0,32"), "--shape")],
+     (("--mask", "nope", "--calibrate", "c.npz"), "--mask"), (("--mask", "nope"), "--mask"),
+     (("--shape", "x=2"), "--shape"), (("--shape", "z=2,3"), "'z'"), (("--shape", "x"), "--shape"),
+     (("--shape", "x=2,33"), "--shape"), (("--shape", "x=0,32"), "--shape")],
 )  # fmt: skip
 def test_options_that_do_not_fit(run: Run, folder: Path, options: tuple[str, ...], says: str) -> None:
     assert_refused(run, folder, *COMPRESS, *options, says=says)
