@@ -319,6 +319,12 @@ def test_reports_in_the_place_of_inputs_or_of_each_other(run: Run, folder: Path)
     assert_refused(run, folder, *COMPRESS, "--json", "r.html", "--report", "./r.html", says="r.html")
 
 
+def test_a_name_that_is_too_long(run: Run, folder: Path) -> None:
+    assert_refused(run, folder, "compress", "m.onnx", "-o", "x" * 300, says="name too long")
+    assert_refused(run, folder, "inspect", "x" * 300, says="name too long")
+    assert_refused(run, folder, *COMPRESS, "--calibrate", "x" * 300, says="name too long")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_out_in_a_folder_that_cannot_be_written(run: Run, folder: Path) -> None:
     (folder / "locked").mkdir(mode=0o555)
