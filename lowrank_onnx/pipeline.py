@@ -164,6 +164,8 @@ def compress(
         check_agreement(agreement)
     if levels is not None and (not searching or agreement is not None):
         raise LowRankError("--levels is a target of its own: leave --agreement and the other targets out")
+    if allow_io_change and (levels is not None or agreement is not None):
+        raise LowRankError("--allow-io-change gives each level a cache of its own width; leave it or the levels out")
     if f"keep_{by}" not in BUDGETS:
         raise LowRankError(f"--by must be macs, params or size, got '{by}'")
     shares = None if levels is None else check_levels(levels)

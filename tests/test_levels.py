@@ -145,3 +145,11 @@ def test_factors_that_are_no_prefix_are_refitted_not_cut(models: Path) -> None:
     both = lowrank_onnx.compress(folder / "model.onnx", levels=[0.7, 0.9], **settings)
     alone = lowrank_onnx.compress(folder / "model.onnx", keep_macs=0.7, **settings)
     assert 1 - both.report["levels"][0]["cosine"] <= 2 * (1 - alone.report["fidelity"]["cosine"]) + 1e-4
+
+
+@pytest.mark.parametrize("wish", [{"levels": [0.5, 0.7]}, {"agreement": 0.9, "keep_macs": 0.5}])
+def test_levels_share_inputs_and_outputs(models: Path, wish: dict[str, Any]) -> None:
+    folder = models / "char_decoder"
+    settings = ARGUMENTS | wish | {"calibrate": folder / "calibrate.npz", "allow_io_change": True}
+    with pytest.raises(LowRankError, match="--allow-io-change gives each level a cache of its own width"):
+        lowrank_onnx.compress(folder / "model.onnx", **settings)
