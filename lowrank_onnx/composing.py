@@ -64,8 +64,15 @@ class Composition:
         return names
 
     def store(self, tensor: TensorProto, name: str) -> str:
-        """Store one tensor under a name nobody else has."""
-        assert name not in self._taken, f"two tensors called '{name}'"
+        """Store one tensor under a name nobody else has.
+
+        Raises:
+            ModelError: An input or output of the model has it, as those of a file made this way have.
+        """
+        if name in self._taken:
+            raise ModelError(
+                f"the model has a tensor '{name}' of its own; start from the original, or rename the tensor"
+            )
         self._taken.add(name)
         copy = self.proto.graph.initializer.add()
         copy.CopyFrom(tensor)

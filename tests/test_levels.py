@@ -153,3 +153,8 @@ def test_levels_share_inputs_and_outputs(models: Path, wish: dict[str, Any]) -> 
     settings = ARGUMENTS | wish | {"calibrate": folder / "calibrate.npz", "allow_io_change": True}
     with pytest.raises(LowRankError, match="--allow-io-change gives each level a cache of its own width"):
         lowrank_onnx.compress(folder / "model.onnx", **settings)
+
+
+def test_a_name_that_is_taken_is_told(leveled: lowrank_onnx.Result) -> None:
+    with pytest.raises(ModelError, match="has a tensor 'rank_level' of its own"):
+        build_levels([leveled.model, leveled.model])
