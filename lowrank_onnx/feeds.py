@@ -26,7 +26,12 @@ class Feeds:
     real: bool
 
 
-def read_shapes(texts: Sequence[str], specs: Sequence[InputSpec]) -> dict[str, tuple[int, ...]]:
+def texts(value: str | Sequence[str]) -> tuple[str, ...]:
+    """The values of an option that may repeat; a text alone is one value, not one a letter."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def read_shapes(given: str | Sequence[str], specs: Sequence[InputSpec]) -> dict[str, tuple[int, ...]]:
     """Read ``--shape NAME=1,128``.
 
     Raises:
@@ -34,7 +39,7 @@ def read_shapes(texts: Sequence[str], specs: Sequence[InputSpec]) -> dict[str, t
     """
     known = {spec.name: spec for spec in specs}
     shapes: dict[str, tuple[int, ...]] = {}
-    for text in texts:
+    for text in texts(given):
         name, _, sizes = text.rpartition("=")
         try:
             shape = tuple(int(size) for size in sizes.split(",") if size.strip())

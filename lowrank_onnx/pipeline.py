@@ -16,7 +16,7 @@ from lowrank_onnx.cache import open_cache
 from lowrank_onnx.cascading import LEVELS, check_agreement
 from lowrank_onnx.deciding import Planned, decide, refined
 from lowrank_onnx.errors import LowRankError, PlanError
-from lowrank_onnx.feeds import choose_feeds, read_shapes
+from lowrank_onnx.feeds import choose_feeds, read_shapes, texts
 from lowrank_onnx.finishing import Result, finish
 from lowrank_onnx.labels import read_labels
 from lowrank_onnx.leveling import level_rows, share_escalated
@@ -44,11 +44,11 @@ from lowrank_onnx.workers import Workers
 __all__ = ["Result", "apply", "benchmark", "compress", "inspect", "passes", "plan", "sweep", "validate"]
 
 
-def techniques_of(texts: Sequence[str]) -> tuple[Pass, ...]:
+def techniques_of(given: str | Sequence[str]) -> tuple[Pass, ...]:
     """The techniques that ``--technique`` names, configured; those that are on by default without any."""
-    if not texts:
+    if not given:
         return tuple(kind() for kind in PASSES if kind.default)
-    return tuple(read_technique(text) for text in texts)
+    return tuple(read_technique(text) for text in texts(given))
 
 
 def read_technique(text: str) -> Pass:
@@ -180,8 +180,8 @@ def compress(
     # A typing error must not wait for the data.
     settings = Settings(
         techniques_of(technique),
-        tuple(include),
-        tuple(exclude),
+        texts(include),
+        texts(exclude),
         mask,
         Workers(jobs, scheduler),
         refine,
@@ -526,8 +526,8 @@ def sweep(
     targets = [read_target({f"keep_{by}": budget}) for budget in sorted(set(budgets), reverse=True)]
     settings = Settings(
         techniques_of(technique),
-        tuple(include),
-        tuple(exclude),
+        texts(include),
+        texts(exclude),
         mask,
         Workers(jobs, scheduler),
         refine,

@@ -45,6 +45,13 @@ def test_apply_gives_the_bytes_of_compress(folder: Path, target: dict[str, Any],
     assert again.report["ratio"]["parameters"] == result.report["ratio"]["parameters"]
 
 
+def test_an_option_that_may_repeat_can_be_one_text(folder: Path) -> None:
+    """Letter by letter, the star of a pattern took every layer."""
+    one = planned(folder, keep_params=0.9, technique="svd", exclude="Gemm_*", shape="x=3,32")
+    several = planned(folder, keep_params=0.9, technique=["svd"], exclude=["Gemm_*"], shape=["x=3,32"])
+    assert one["sites"] == several["sites"]
+
+
 def test_a_plan_file_reads_back(folder: Path) -> None:
     content = planned(folder)
     (folder / "p.json").write_text(json.dumps(content))
