@@ -136,9 +136,13 @@ _uncertainty = _options(
         "or for all of floating-point numbers; a quarter of the calibration data is held out.",
     ),
 )
-_json = click.option("--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="JSON report.")
+_json = click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), metavar="FILE", help="JSON report; replaced if it exists."
+)
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace files that exist.")
-_report = click.option("--report", type=click.Path(path_type=Path), metavar="FILE.html", help="HTML report.")
+_report = click.option(
+    "--report", type=click.Path(path_type=Path), metavar="FILE.html", help="HTML report; replaced if it exists."
+)
 _out = click.option("-o", "--out", required=True, type=click.Path(path_type=Path), metavar="OUT")
 _model = click.argument("model", type=click.Path(path_type=Path))
 

@@ -15,12 +15,12 @@ from lowrank_onnx.building import Choice
 from lowrank_onnx.cache import open_cache
 from lowrank_onnx.cascading import LEVELS, check_agreement
 from lowrank_onnx.deciding import Planned, decide, refined
-from lowrank_onnx.errors import LowRankError, PlanError
+from lowrank_onnx.errors import LowRankError, ModelError, PlanError
 from lowrank_onnx.feeds import choose_feeds, read_shapes, texts
 from lowrank_onnx.finishing import Result, finish
 from lowrank_onnx.labels import read_labels
 from lowrank_onnx.leveling import level_rows, share_escalated
-from lowrank_onnx.levels import level_count
+from lowrank_onnx.levels import LEVEL_INPUT, level_count
 from lowrank_onnx.multilevel import compress_cascade, compress_levels
 from lowrank_onnx.nesting import check_levels
 from lowrank_onnx.passes import PASSES
@@ -429,6 +429,7 @@ def validate(
     runtime = Runtime(provider, threads)
     problem = pose(reference, runtime, None, evaluate, metric, shape, seed)
     other = pose(candidate, runtime, None, evaluate, metric, shape, seed)
+    _check_same_inputs(problem, other)
     report = validate_report(problem, other, clock.total, progress)
     rows = level_rows(problem, other.model) if level_count(other.model.proto) else []
     if rows:
@@ -437,6 +438,20 @@ def validate(
     if share is not None:
         report["cascade"] = {"escalated": share}
     return report
+
+
+def _check_same_inputs(problem: Problem, other: Problem) -> None:
+    """Refuse to compare models that are not made for the same data.
+
+    Raises:
+        ModelError: An input of one is missing in the other.
+    """
+    names, found = ({spec.name for spec in input_specs(posed.session)} - {LEVEL_INPUT} for posed in (problem, other))
+    if names != found:
+        raise ModelError(
+            f"the models differ in their inputs: {', '.join(sorted(names)) or 'none'} and "
+            f"{', '.join(sorted(found)) or 'none'}; compare a model with one made from it"
+        )
 
 
 def benchmark(

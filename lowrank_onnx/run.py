@@ -12,6 +12,8 @@ from lowrank_onnx.problem import Problem
 from lowrank_onnx.statistics import Progress, observe
 from lowrank_onnx.workers import HERE, Workers
 
+STEPS = ("observe", "propose", "allocate", "rewrite", "refine", "validate")  # a report tells of each
+
 
 class Clock:
     """Seconds by step."""
@@ -30,8 +32,8 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
 
     def total(self) -> dict[str, float]:
-        """All steps, and the time since the clock was made."""
-        return {"total": time.perf_counter() - self.start, **self.seconds}
+        """All steps, those of ``STEPS`` also where they took no time of their own, and the time since the start."""
+        return {"total": time.perf_counter() - self.start, **dict.fromkeys(STEPS, 0.0), **self.seconds}
 
 
 @dataclass(frozen=True)

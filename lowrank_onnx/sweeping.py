@@ -35,6 +35,16 @@ def write_sweep(run: Run, place: Path, targets: Sequence[Target], by: str, overw
         LowRankError: The folder or a file in it cannot be written.
         TargetError: No budget can be met.
     """
+    made = not place.exists()
+    try:
+        return _write(run, place, targets, by, overwrite)
+    except LowRankError:
+        if made and place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
+        raise
+
+
+def _write(run: Run, place: Path, targets: Sequence[Target], by: str, overwrite: bool) -> dict[str, Any]:
     problem = run.problem
     names = [f"keep_{target.value:.2f}.onnx" for target in targets]
     _prepare_folder(place, [*names, *FRONTIER_FILES], problem, overwrite)

@@ -96,6 +96,8 @@ def test_compress_writes_model_and_reports(run: Run, folder: Path) -> None:
     report = json.loads((folder / "r.json").read_text())
     jsonschema.validate(report, SCHEMA)
     assert report["ratio"]["macs"] <= 0.7
+    steps = {"total", "observe", "propose", "allocate", "rewrite", "refine", "validate"}
+    assert steps <= set(report["seconds"])
     assert report["environment"]["threads"] == 1
     assert report["after"]["size_bytes"] == (folder / "out.onnx").stat().st_size
     page = (folder / "r.html").read_text()
@@ -415,6 +417,18 @@ def test_validate_of_models_that_differ(run: Run, folder: Path) -> None:
         build("g (float[n,32] x) => (float[n,48] z) { z = MatMul(x, w) }", {"w": falling(32, 48)}), folder / "o.onnx"
     )
     assert_refused(run, folder, "validate", "m.onnx", "o.onnx", "--evaluate", "e.npz", says="differ")
+    onnx.save(
+        build("g (float[n,64] a) => (float[n,48] y) { y = MatMul(a, w) }", {"w": falling(64, 48)}), folder / "o.onnx"
+    )
+    assert_refused(run, folder, "validate", "m.onnx", "o.onnx", says="differ in their inputs: x and a")
+
+
+def test_a_sweep_that_reaches_nothing_leaves_no_folder(run: Run, folder: Path) -> None:
+    assert_refused(run, folder, "sweep", "m.onnx", "-o", "d", "--budgets", "0.0001", status=3, says="cannot be met")
+    assert not (folder / "d").exists()
+    (folder / "d").mkdir()
+    assert_refused(run, folder, "sweep", "m.onnx", "-o", "d", "--budgets", "0.0001", status=3)
+    assert (folder / "d").is_dir()
 
 
 WRONG_USAGE = [

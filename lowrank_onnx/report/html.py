@@ -214,7 +214,7 @@ def _largest(items: Sequence[Any], weight: Callable[[Any], Any], number: int) ->
 def _steps(seconds: Mapping[str, Any]) -> list[tuple[str, str, float]]:
     """Return steps with their time and their percent of the whole run, the whole run last."""
     total = finite(seconds.get("total")) or sum(finite(value) or 0.0 for value in seconds.values()) or 1.0
-    names = [name for name in seconds if name != "total"] + ["total"] * ("total" in seconds)
+    names = [name for name in seconds if name != "total" and seconds[name]] + ["total"] * ("total" in seconds)
     return [
         (
             plain(name),
