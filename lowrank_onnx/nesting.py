@@ -35,7 +35,10 @@ def check_levels(levels: Sequence[float]) -> tuple[float, ...]:
     Raises:
         LowRankError: There are fewer than two, equal ones, or one is not in (0, 1].
     """
-    rising = tuple(sorted(float(level) for level in levels))
+    try:
+        rising = tuple(sorted(float(level) for level in levels))
+    except (TypeError, ValueError) as error:
+        raise LowRankError(f"levels must be several numbers, such as (0.3, 0.5, 0.7); got {levels!r}") from error
     if len(rising) < 2 or len(set(rising)) < len(rising) or not 0 < rising[0] <= rising[-1] <= 1:
         told = ",".join(f"{level:g}" for level in levels)
         raise LowRankError(f"--levels must be two or more different shares in (0, 1], such as 0.3,0.5,0.7; got {told}")

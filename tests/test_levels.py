@@ -118,6 +118,12 @@ def test_a_plan_of_levels_is_not_applied_as_one(leveled: lowrank_onnx.Result, mo
         lowrank_onnx.apply(models / "digits_mlp" / "model.onnx", leveled.plan)
 
 
+@pytest.mark.parametrize("levels", ["0.3,0.5", 0.5, ["a", "b"]])
+def test_levels_that_are_no_numbers(models: Path, levels: Any) -> None:
+    with pytest.raises(LowRankError, match="levels must be several numbers"):
+        lowrank_onnx.compress(models / "digits_mlp" / "model.onnx", levels=levels)
+
+
 def test_validate_tells_every_level(leveled: lowrank_onnx.Result, models: Path, tmp_path: Path) -> None:
     folder = models / "digits_mlp"
     path = leveled.save(tmp_path / "levels.onnx")
