@@ -91,7 +91,7 @@ def _curve(problem: Problem, proposal: Proposal, region: ModelProto, cache: Cach
     places = np.unique(np.linspace(0, len(proposal.candidates) - 1, TIMED_RANKS).round().astype(int))
     timed = sorted((proposal.candidates[place] for place in places), key=lambda entry: entry.macs or 0)
     key = {
-        "what": "latency 1",
+        "what": "latency 2",
         "onnxruntime": onnxruntime().__version__,
         "provider": problem.runtime.provider,
         "device": problem.runtime.device,
@@ -118,7 +118,7 @@ def _curve(problem: Problem, proposal: Proposal, region: ModelProto, cache: Cach
             for value in region.graph.input
         }
         timing = benchmark(sessions, feeds, problem.runtime, 0, _SECONDS, _ROUNDS, 10)
-        known = [1000 * latency.median for latency in timing.latencies]
+        known = [1000 * latency.quiet for latency in timing.latencies]
         cache.put(key, known)
     work = tuple(float(entry.macs or 0) for entry in timed)
     return LatencyCurve(known[0], work, tuple(known[1:]))
@@ -219,4 +219,4 @@ def total_latency_us(problem: Problem, seconds: float = 1.5) -> float:
     if problem.feeds is None:
         raise ModelError(f"the model cannot be timed: {problem.unfed}")
     timing = benchmark([problem.session], problem.feeds.values, problem.runtime, problem.seed, seconds)
-    return 1000 * timing.latencies[0].median
+    return 1000 * timing.latencies[0].quiet
