@@ -424,6 +424,33 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
+@cli.command("calibrate-device", cls=Guarded)
+@click.option("--provider", type=click.Choice(list(PROVIDERS)), default="cuda", show_default=True)
+@click.option("--threads", type=click.IntRange(0), default=0, help="0: as many as there are cores.")
+@_cache
+@_json
+@_overwrite
+def calibrate_device(json_file: Path | None, overwrite: bool, **options: Any) -> None:
+    """Measure once which ranks and sizes of layers are quicker factorized on this device."""
+    _check_reports(overwrite, ("--json", json_file))
+    with _progress() as progress:
+        content = pipeline.calibrate_device(progress=progress, **options)
+    table = Table(title=_where(content["environment"]), title_justify="left")
+    for heading in ("layer", "rows", "dense µs"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    table.add_column("speed-up at share of break-even", justify="left", overflow="fold")
+    for row in content["crossovers"]:
+        speeds = ", ".join(f"{value:.2f} at {share:.2f}" for share, value, _, _ in row["speedups"])
+        layer = f"{row['dtype']} {row['inputs']} x {row['outputs']}"
+        table.add_row(layer, str(row["rows"]), f"{row['dense_us']:.1f}", speeds)
+    console = _console()
+    console.print(table)
+    for dtype, step in content["steps"].items():
+        console.print(f"ranks of {dtype} layers are offered in steps of {step}", highlight=False)
+    if json_file is not None:
+        write_json(content, json_file)
+
+
 @cli.command(cls=Guarded)
 @click.option("--json", "as_json", is_flag=True, help="As JSON on standard output.")
 def passes(as_json: bool) -> None:

@@ -11,6 +11,7 @@ from lowrank_onnx.building import Choice
 from lowrank_onnx.cache import open_cache
 from lowrank_onnx.errors import TargetError
 from lowrank_onnx.forms import quickest
+from lowrank_onnx.grids import device_table, large_enough, on_grid
 from lowrank_onnx.latency import latency_saving, measure_latencies
 from lowrank_onnx.probe_cache import cached_probe
 from lowrank_onnx.probes import Curve, damage_of
@@ -43,7 +44,8 @@ def decide(run: Run, target: Target) -> Planned:
     problem, settings = run.problem, run.settings
     searched = settings.minimize if target.kind == "max_drop" else target.kind
     working = searched in ("keep_macs", "speedup", "latency", "macs")
-    sites, proposals, refusals = offers(run, run.observe(), target.option, working, target.rank)
+    timed = searched in ("speedup", "latency")
+    sites, proposals, refusals = offers(run, run.observe(), target.option, working, target.rank, timed)
     damage = probed(run, proposals) if target.kind != "rank" else damage_of(proposals, {})
 
     def finish(selection: Selection) -> Selection:
@@ -81,6 +83,7 @@ def offers(
     option: str,
     working: bool,
     wish: RankWish | None = None,
+    timed: bool = False,
 ) -> tuple[list[Site], list[Proposal], dict[str, str]]:
     """Ask every technique in use at every layer that may change.
 
@@ -90,6 +93,7 @@ def offers(
         option: The target as the command line spells it, for errors.
         working: Leave out what takes no multiply-accumulates.
         wish: ``--rank``; None asks for every rank on the grid.
+        timed: The target speaks of time: leave out layers of a size that was never quicker on this device.
 
     Returns:
         The layers asked, what is offered, and why there is nothing at the others.
@@ -102,12 +106,17 @@ def offers(
     if working:
         sites, idle = with_work(sites)
         reasons |= idle
+    device = device_table(run.problem.runtime, open_cache(settings.cache))
+    if timed:
+        sites, small = large_enough(sites, device)
+        reasons |= small
     with run.clock.step("propose"):
         proposals, refusals = propose(sites, settings.techniques, statistics, wish, settings.workers)
     reasons |= refusals
     if not proposals:
         raise TargetError(f"{option} cannot be met: no layer can be factorized ({_summary(reasons)})")
     if wish is None:
+        proposals = on_grid(proposals, device)
         with run.clock.step("time"):
             cache = open_cache(settings.cache)
             proposals = quickest(run.problem, proposals, cache, run.progress, equal=not working)

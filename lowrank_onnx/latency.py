@@ -22,7 +22,7 @@ from lowrank_onnx.model import Model
 from lowrank_onnx.problem import Problem
 from lowrank_onnx.proposals import Proposal
 from lowrank_onnx.rewrite import rewrite
-from lowrank_onnx.runtime import onnxruntime, open_session
+from lowrank_onnx.runtime import gpu_libraries, onnxruntime, open_session
 from lowrank_onnx.sites.recurrent import has_lengths, state_inputs
 from lowrank_onnx.statistics import Progress
 from lowrank_onnx.stream import reads
@@ -92,6 +92,7 @@ def _curve(problem: Problem, proposal: Proposal, region: ModelProto, cache: Cach
     timed = sorted((proposal.candidates[place] for place in places), key=lambda entry: entry.macs or 0)
     key = {
         "what": "latency 2",
+        **({"libraries": gpu_libraries()} if problem.runtime.on_gpu else {}),
         "onnxruntime": onnxruntime().__version__,
         "provider": problem.runtime.provider,
         "device": problem.runtime.device,
@@ -106,7 +107,9 @@ def _curve(problem: Problem, proposal: Proposal, region: ModelProto, cache: Cach
         for candidate in timed:
             factors = technique.factorize(site, proposal.analysis, candidate)
             models.append(rewrite(small, technique.emit(site, candidate, factors)))
-        sessions = [open_session(entry, problem.runtime, problem.model.folder, what="a layer") for entry in models]
+        sessions = [
+            open_session(entry, problem.runtime, problem.model.folder, what="a layer", timed=True) for entry in models
+        ]
         rng = np.random.default_rng(0)
         fed = _fed(problem)
         feeds: dict[str, Array] = {

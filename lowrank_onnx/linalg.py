@@ -12,6 +12,8 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
+from lowrank_onnx import accelerator
+
 Array = NDArray[Any]
 
 
@@ -28,6 +30,11 @@ def finite_svd(matrix: Array) -> tuple[Array, Array, Array]:
     signs = np.sign(vt[np.arange(len(vt)), np.abs(vt).argmax(axis=1)])
     signs[signs == 0] = 1
     return u * signs, sigma, vt * signs[:, None]
+
+
+def product(left: Array, right: Array) -> Array:
+    """``left @ right`` of two matrices, on the GPU where that is wanted and pays."""
+    return accelerator.product(left, right) if accelerator.suits(left, right) else left @ right
 
 
 def psd_root(gram: Array) -> Array:
@@ -64,8 +71,10 @@ def right_basis(metric_root: Array, weight: Array) -> tuple[Array, Array]:
     Source: output principal components, the form without an inverse (DRONE 2021; COALA 2025).
     A QR step first makes the SVD square, at the accuracy of the matrix and not of its Gram.
     """
-    matrix = metric_root.T @ weight  # (K, N)
+    matrix = product(metric_root.T, weight)  # (K, N)
     rows, columns = matrix.shape
+    if accelerator.suits(matrix):
+        return accelerator.right_singular(matrix)
     if rows > columns:
         matrix = scipy.linalg.qr(matrix, mode="r", check_finite=False)[0][:columns]
     elif columns > rows:

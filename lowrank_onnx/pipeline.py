@@ -9,15 +9,18 @@ from typing import Any
 
 import numpy as np
 
+from lowrank_onnx.accelerator import gpu_algebra
 from lowrank_onnx.base import Pass, Site, configure
 from lowrank_onnx.budget import carry_out, reasons_for_kept
 from lowrank_onnx.building import Choice
 from lowrank_onnx.cache import open_cache
 from lowrank_onnx.cascading import LEVELS, check_agreement
+from lowrank_onnx.crossovers import calibrate as calibrate_on
 from lowrank_onnx.deciding import Planned, decide, refined
 from lowrank_onnx.errors import LowRankError, ModelError, PlanError
 from lowrank_onnx.feeds import choose_feeds, read_shapes, texts
 from lowrank_onnx.finishing import Result, finish
+from lowrank_onnx.grids import remember
 from lowrank_onnx.labels import read_labels
 from lowrank_onnx.leveling import level_rows, share_escalated
 from lowrank_onnx.levels import LEVEL_INPUT, level_count
@@ -29,7 +32,7 @@ from lowrank_onnx.probe_cache import cached_probe
 from lowrank_onnx.probes import Curve
 from lowrank_onnx.problem import Data, Problem, Source, open_model, pose, read_data
 from lowrank_onnx.proposals import Proposal, decompose, propose
-from lowrank_onnx.reporting import benchmark_report, inspect_report, validate_report
+from lowrank_onnx.reporting import benchmark_report, environment, inspect_report, validate_report
 from lowrank_onnx.run import Clock, Run, Settings
 from lowrank_onnx.runtime import Runtime, input_specs, open_session
 from lowrank_onnx.statistics import Progress
@@ -39,9 +42,21 @@ from lowrank_onnx.target import BUDGETS, OBJECTIVES, read_target
 from lowrank_onnx.threads import few_threads
 from lowrank_onnx.unsure import compress_unsure
 from lowrank_onnx.validation import benchmark as time_models
+from lowrank_onnx.version import __version__
 from lowrank_onnx.workers import Workers
 
-__all__ = ["Result", "apply", "benchmark", "compress", "inspect", "passes", "plan", "sweep", "validate"]
+__all__ = [
+    "Result",
+    "apply",
+    "benchmark",
+    "calibrate_device",
+    "compress",
+    "inspect",
+    "passes",
+    "plan",
+    "sweep",
+    "validate",
+]
 
 
 def techniques_of(given: str | Sequence[str]) -> tuple[Pass, ...]:
@@ -208,14 +223,15 @@ def compress(
     if names is not None:
         _check_labels(problem, settings.techniques, names)
     run = Run(problem, settings, clock, progress)
-    if agreement is not None:
-        tried = [read_target({"keep_macs": share}) for share in LEVELS] if searching else [wish]
-        return compress_cascade(run, tried, agreement)
-    if shares is not None:
-        return compress_levels(run, f"keep_{by}", shares)
-    if unsure:
-        return compress_unsure(run, wish, unsure, uncertainty, emit_uncertainty, names)
-    return finish(run, wish, decide(run, wish), names)
+    with gpu_algebra(run.problem.runtime.on_gpu):
+        if agreement is not None:
+            tried = [read_target({"keep_macs": share}) for share in LEVELS] if searching else [wish]
+            return compress_cascade(run, tried, agreement)
+        if shares is not None:
+            return compress_levels(run, f"keep_{by}", shares)
+        if unsure:
+            return compress_unsure(run, wish, unsure, uncertainty, emit_uncertainty, names)
+        return finish(run, wish, decide(run, wish), names)
 
 
 def _check_labels(problem: Problem, techniques: Sequence[Pass], names: Sequence[str]) -> None:
@@ -467,7 +483,10 @@ def benchmark(
     """Time models side by side; ratios are to the first."""
     runtime = Runtime(provider, threads)
     opened = [open_model(source) for source in models]
-    sessions = [open_session(entry.original, runtime, entry.folder, what=f"model '{entry.path}'") for entry in opened]
+    sessions = [
+        open_session(entry.original, runtime, entry.folder, what=f"model '{entry.path}'", timed=True)
+        for entry in opened
+    ]
     feeds = []
     for session in sessions:
         specs = input_specs(session)
@@ -475,6 +494,23 @@ def benchmark(
         feeds.append(choose_feeds(specs, read_shapes(shape, specs), data, seed).values)
     timing = time_models(sessions, feeds, runtime, seed, seconds, 1000)
     return benchmark_report(opened, feeds, timing, runtime)
+
+
+def calibrate_device(
+    *, provider: str = "cpu", threads: int = 0, cache: bool = True, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Measure which ranks and layers are worth a try on a device; later runs on it find that in the local table.
+
+    Args:
+        cache: Keep what was measured; False only shows it.
+
+    Returns:
+        ``environment``, ``steps`` by dtype, and ``crossovers``: a layer's shape, its time and its speed-ups.
+    """
+    runtime = Runtime(provider, threads)
+    table = calibrate_on(runtime, progress)
+    remember(runtime, table, open_cache(cache))
+    return {"version": __version__, "environment": environment(runtime), **table.as_dict()}
 
 
 def passes() -> list[dict[str, Any]]:
@@ -562,4 +598,5 @@ def sweep(
         allow_io_change,
         settings.matrices,
     )
-    return write_sweep(Run(problem, settings, clock, progress), Path(folder), targets, by, overwrite)
+    with gpu_algebra(problem.runtime.on_gpu):
+        return write_sweep(Run(problem, settings, clock, progress), Path(folder), targets, by, overwrite)

@@ -126,7 +126,8 @@ def pose(
     if seed < 0:
         raise LowRankError(f"--seed must not be negative, got {seed}")
     model = open_model(source)
-    session = open_session(model.original, runtime, model.folder, what=f"model '{model.path or 'in memory'}'")
+    what = f"model '{model.path or 'in memory'}'"
+    session = open_session(model.original, runtime, model.folder, what=what, timed=True)
     specs = input_specs(session)
     if mask is not None and mask not in {spec.name for spec in specs}:
         raise DataError(f"--mask '{mask}' is no input of the model; inputs: {', '.join(spec.name for spec in specs)}")

@@ -23,7 +23,7 @@ from lowrank_onnx.probes import Curve
 from lowrank_onnx.problem import Problem
 from lowrank_onnx.proposals import Proposal
 from lowrank_onnx.recurrent_statistics import observable_cell
-from lowrank_onnx.runtime import Runtime, onnxruntime, open_session
+from lowrank_onnx.runtime import TF32, Runtime, gpu_libraries, left_on_cpu, onnxruntime, open_session
 from lowrank_onnx.sites.attention import left_alone
 from lowrank_onnx.statistics import Progress, unobserved
 from lowrank_onnx.target import Target
@@ -53,7 +53,8 @@ def measure(problem: Problem, selection: Selection, progress: Progress | None, m
     Raises:
         ModelError: The rewritten model does not run; nothing is written then.
     """
-    candidate = open_session(selection.built.proto, problem.runtime, problem.model.folder, what="the rewritten model")
+    what, folder = "the rewritten model", problem.model.folder
+    candidate = open_session(selection.built.proto, problem.runtime, folder, what=what, timed=True)
     data = problem.judged_on
     accuracy = None if data is None else compare(problem.session, candidate, data, problem.metric, progress)
     timing = None
@@ -134,7 +135,10 @@ def validate_report(
         "seconds": dict(seconds()),
         "peak_rss_bytes": peak_rss_bytes(),
         "sites": [],
-        "warnings": [] if data is not None else ["no data given: only cost and speed were compared"],
+        "warnings": [
+            *_fallen_back(problem.session),
+            *([] if data is not None else ["no data given: only cost and speed were compared"]),
+        ],
     }
 
 
@@ -221,6 +225,7 @@ def environment(runtime: Runtime) -> dict[str, Any]:
         "threads": runtime.used_threads,
         "python": platform.python_version(),
         "numpy": np.__version__,
+        **({"versions": gpu_libraries(), "tf32": TF32} if runtime.on_gpu else {}),
     }
 
 
@@ -306,6 +311,7 @@ def _warnings(problem: Problem) -> list[str]:
         found.append(f"not timed, multiply-accumulates not counted: {problem.unfed}")
     elif not problem.feeds.real and problem.judged_on is None:
         found.append("timed on made-up inputs")
+    found += _fallen_back(problem.session)
     if problem.evaluate is None and problem.calibrate is not None:
         found.append("fidelity was measured on the calibration data; give --evaluate for a figure on unseen data")
     singles = [site for site in problem.sites if not site.parts]
@@ -321,6 +327,16 @@ def _resized(planned: Any) -> list[str]:
             told.append(f"'{cache.name}' changed its shape: axis {cache.axis} is {width} instead of "
                         f"{site.attributes['width']}")  # fmt: skip
     return told
+
+
+def _fallen_back(session: Any) -> list[str]:
+    """Tells of nodes of the original that a session for the GPU leaves to the CPU."""
+    told = left_on_cpu(session)
+    if told is None or not told[0]:
+        return []
+    counts = {operator: told[0].count(operator) for operator in sorted(told[0])}
+    spelled = ", ".join(f"{count} × {operator}" for operator, count in counts.items())
+    return [f"{len(told[0])} of {told[1]} nodes of the original run on the CPU, not the GPU: {spelled}"]
 
 
 def _blind(problem: Problem, planned: Any) -> list[str]:

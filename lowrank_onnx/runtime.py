@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,12 @@ import onnx
 from lowrank_onnx.data import InputSpec
 from lowrank_onnx.errors import ModelError, ProviderError
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "cuda-graph": "CUDAExecutionProvider",  # timed as one captured graph, without the gaps between kernels
+}
+TF32 = "allowed in float32 products and convolutions, as onnxruntime does by default; NVIDIA_TF32_OVERRIDE=0 forbids it"
 
 # onnxruntime names element types like this; numpy has no name for the others (bfloat16, float8).
 _NUMPY_TYPES = {
@@ -39,7 +48,7 @@ class Runtime:
     """Where a model runs.
 
     Attributes:
-        provider: ``cpu`` or ``cuda``.
+        provider: ``cpu``, ``cuda``, or ``cuda-graph`` for CUDA with the timed runs captured as a graph.
         threads: Intra-op threads; 0 leaves the choice to onnxruntime.
     """
 
@@ -58,7 +67,17 @@ class Runtime:
     @property
     def device(self) -> str:
         """The name of the processor, as a person would say it."""
-        return _gpu_name() if self.provider == "cuda" else _cpu_name()
+        return _gpu_name() if self.on_gpu else _cpu_name()
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether sessions run on a GPU."""
+        return self.provider != "cpu"
+
+    @property
+    def memory(self) -> str:
+        """Where inputs and outputs lie while a session is timed, as onnxruntime names it."""
+        return "cuda" if self.on_gpu else "cpu"
 
     @property
     def used_threads(self) -> int:
@@ -98,6 +117,7 @@ def open_session(
     folder: Path | None = None,
     optimize: bool = True,
     what: str = "the model",
+    timed: bool = False,
 ) -> Any:
     """Open a model that is in memory.
 
@@ -107,6 +127,7 @@ def open_session(
         folder: Where the external data of the model lie; None if it has none.
         optimize: False keeps every node as it is written.
         what: How an error names the model.
+        timed: The session is going to be timed: with provider ``cuda-graph`` it gets a graph.
 
     Returns:
         An ``onnxruntime.InferenceSession``.
@@ -122,12 +143,17 @@ def open_session(
             f"--provider {runtime.provider} needs {provider}, but this onnxruntime {ort.__version__} offers "
             f"{', '.join(ort.get_available_providers())}; pip install 'lowrank-onnx[gpu]' on a machine with CUDA"
         )
+    graph = timed and runtime.provider == "cuda-graph"
+    settings = {"use_tf32": "1", "enable_cuda_graph": str(int(graph))} if runtime.on_gpu else {}
+    if runtime.on_gpu:
+        _preload()
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = runtime.used_threads
     options.inter_op_num_threads = 1
     # A pool that spins on between runs steals the cores from whatever runs next, as every second session here does.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", str(int(runtime.on_gpu)))
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if not optimize:
@@ -137,9 +163,10 @@ def open_session(
     except ValueError as error:  # protobuf's limit of 2 GiB for one message
         raise ModelError(f"{what} passes 2 GiB in one file; save it with external data first ({error})") from error
     try:
-        session = ort.InferenceSession(content, options, providers=[provider])
+        session = ort.InferenceSession(content, options, providers=[(provider, settings)])
     except Exception as error:  # onnxruntime raises a class of its own for each status code
-        raise ModelError(f"onnxruntime does not accept {what}: {one_line(error)}") from error
+        hint = "; --provider cuda runs it without a captured graph" if graph else ""
+        raise ModelError(f"onnxruntime does not accept {what}: {one_line(error)}{hint}") from error
     if provider not in session.get_providers():
         raise ProviderError(
             f"onnxruntime could not load {provider} and fell back to {', '.join(session.get_providers())}; "
@@ -173,7 +200,7 @@ def run(session: Any, feeds: Mapping[str, np.ndarray], names: Sequence[str] | No
     if not wanted:
         return {}  # onnxruntime takes an empty list for all outputs
     try:
-        values = session.run(wanted, dict(feeds))
+        values = session.run(wanted, dict(feeds), _uncaptured(session))
     except Exception as error:  # see open_session
         shapes = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in feeds.items())
         raise ModelError(f"onnxruntime could not run the model on {shapes[:300]}: {one_line(error)}") from error
@@ -189,6 +216,27 @@ def fit_empty(feeds: Mapping[str, np.ndarray], shapes: Mapping[str, Sequence[Any
             sizes = [size if isinstance(size, int) else own for size, own in zip(wanted, value.shape, strict=True)]
             fitted[name] = value.reshape(sizes) if 0 in sizes else value
     return fitted
+
+
+def _uncaptured(session: Any) -> Any:
+    """Options of a run that leaves a captured graph alone, which is for one shape and fixed addresses; else None."""
+    if session.get_provider_options().get(PROVIDERS["cuda"], {}).get("enable_cuda_graph") != "1":
+        return None
+    options = onnxruntime().RunOptions()
+    options.add_run_config_entry("gpu_graph_id", "-1")
+    return options
+
+
+def left_on_cpu(session: Any) -> tuple[list[str], int] | None:
+    """Return the operators of the nodes that run on the CPU, each as often as it occurs, and the number of all nodes.
+
+    None for a session of the CPU, and for an onnxruntime before 1.24, which does not tell.
+    """
+    if PROVIDERS["cuda"] not in session.get_providers() or not hasattr(session, "get_provider_graph_assignment_info"):
+        return None
+    parts = session.get_provider_graph_assignment_info()
+    nodes = [(part.ep_name, node.op_type) for part in parts for node in part.get_nodes()]
+    return [operator for provider, operator in nodes if provider == PROVIDERS["cpu"]], len(nodes)
 
 
 def one_line(error: BaseException) -> str:
@@ -209,13 +257,42 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache
+def _preload() -> None:
+    """Let onnxruntime find the CUDA libraries that were installed as Python packages; those of the system it finds."""
+    preload = getattr(onnxruntime(), "preload_dlls", None)
+    if preload is not None:
+        with contextlib.redirect_stdout(io.StringIO()):  # what is missing shows when the provider is loaded
+            preload()
+
+
+def gpu_libraries() -> dict[str, str]:
+    """Versions of the GPU libraries in this process, by name; empty where none is loaded or nobody can tell."""
+    try:
+        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
+    except OSError:
+        return {}
+    asked = {"cublasLt": "cublasLtGetVersion", "cudnn": "cudnnGetVersion"}
+    found = {}
+    for name, function in asked.items():
+        path = next((entry for entry in sorted(mapped) if Path(entry).name.startswith(f"lib{name}.so")), None)
+        if path is not None:
+            call = getattr(ctypes.CDLL(path), function)
+            call.restype = ctypes.c_size_t
+            found[name] = str(call())
+    return found
+
+
+@cache
 def _gpu_name() -> str:
+    import os
     import shutil
     import subprocess
 
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return "CUDA device 0"
-    query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader", "--id=0"]
+    device = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    query = [tool, "--query-gpu=name,driver_version", "--format=csv,noheader", f"--id={device}"]
     answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
     return answer or "CUDA device 0"

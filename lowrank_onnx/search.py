@@ -270,7 +270,9 @@ def _sample(data: Dataset | None, seed: int) -> Dataset:
 
 
 def _open(problem: Problem, selection: Selection) -> Any:
-    return open_session(selection.built.proto, problem.runtime, problem.model.folder, what="the rewritten model")
+    return open_session(
+        selection.built.proto, problem.runtime, problem.model.folder, what="the rewritten model", timed=True
+    )
 
 
 def _speed(problem: Problem, selection: Selection, seconds: float = _SECONDS) -> Ratio:

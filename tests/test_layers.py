@@ -14,7 +14,7 @@ PACKAGE = Path(lowrank_onnx.__file__).parent
 
 # From the bottom up; what stands on one line does not see each other. A new module takes its place here.
 ORDER = """
-    version errors threads
+    version errors threads accelerator
     workers
     linalg
     decompositions
@@ -34,8 +34,8 @@ ORDER = """
     validation memory
     augment trimming
     problem proposals
-    latency building probes
-    probe_cache refine budget forms
+    latency building probes grids
+    probe_cache refine budget forms crossovers
     search reporting cascading nesting leveling adaptive run spread posteriors judging
     report
     frontiers deciding

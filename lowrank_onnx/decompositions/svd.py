@@ -9,7 +9,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lowrank_onnx.linalg import Array, Tail, finite_svd, psd_root, regression, right_basis, tail_sums, with_ridge
+from lowrank_onnx import accelerator
+from lowrank_onnx.linalg import (
+    Array,
+    Tail,
+    finite_svd,
+    product,
+    psd_root,
+    regression,
+    right_basis,
+    tail_sums,
+    with_ridge,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,15 +44,19 @@ class LowRankBasis:
     def factors(self, rank: int) -> tuple[Array, Array]:
         """Return (K̂, r) and (r, N), the second with orthonormal rows."""
         basis = self.right[:, :rank]
-        return self.weight @ basis, basis.T
+        return product(self.weight, basis), basis.T
 
 
 def plain(weight: Array) -> LowRankBasis:
     """Truncated SVD of W (K, N) alone (Eckart & Young 1936)."""
     weight = np.asarray(weight, np.float64)
-    _, sigma, vt = finite_svd(weight)
+    if accelerator.suits(weight):
+        sigma, right = accelerator.right_singular(weight)
+    else:
+        _, sigma, vt = finite_svd(weight)
+        right = vt.T
     squared = sigma**2
-    return LowRankBasis(weight, vt.T, sigma, None, tail_sums(squared, float(squared.sum())))
+    return LowRankBasis(weight, right, sigma, None, tail_sums(squared, float(squared.sum())))
 
 
 def data_aware(weight: Array, gram: Array, ridge: float, output_energy: float | None = None) -> LowRankBasis:
@@ -57,8 +72,8 @@ def data_aware(weight: Array, gram: Array, ridge: float, output_energy: float | 
     """
     weight = np.asarray(weight, np.float64)
     sigma, right = right_basis(psd_root(with_ridge(gram, ridge)), weight)
-    directions = weight @ right  # (K, q)
-    terms = np.maximum(np.einsum("kq,kq->q", directions, gram @ directions), 0.0)  # without the ridge
+    directions = product(weight, right)  # (K, q)
+    terms = np.maximum(np.einsum("kq,kq->q", directions, product(gram, directions)), 0.0)  # without the ridge
     total = float(terms.sum()) if output_energy is None else output_energy
     squared = np.einsum("kq,kq->q", directions, directions)
     return LowRankBasis(
