@@ -2,7 +2,8 @@
 
     python benchmarks/blocks.py --hidden 4096 --feedforward 11008 --layers 4 --tokens 2048 --dtype float16 model.onnx
 
-Pre-norm blocks: attention of 128 numbers a head, gated feed-forward with SiLU. The weights lie beside the model.
+Pre-norm blocks of a decoder: causal attention of 128 numbers a head, gated feed-forward with SiLU. The weights lie
+beside the model.
 """
 
 from __future__ import annotations
@@ -75,7 +76,14 @@ def build(hidden: int, feedforward: int, layers: int, tokens: int, dtype: str) -
         source = normed(f"{at}/norm1", current)
         heads = [linear(f"{at}/{role}", source, hidden, hidden) for role in ("query", "key", "value")]
         graph.node.append(
-            make("MultiHeadAttention", heads, [f"{at}/attention"], domain="com.microsoft", num_heads=hidden // _HEAD)
+            make(
+                "MultiHeadAttention",
+                heads,
+                [f"{at}/attention"],
+                domain="com.microsoft",
+                num_heads=hidden // _HEAD,
+                unidirectional=1,
+            )
         )
         graph.node.append(
             make("Add", [current, linear(f"{at}/output", f"{at}/attention", hidden, hidden)], [f"{at}/middle"])

@@ -20,6 +20,7 @@ from lowrank_onnx.refine import refine as refine_factors
 from lowrank_onnx.run import Run
 from lowrank_onnx.search import reach_speedup, stay_within
 from lowrank_onnx.target import BUDGETS, Target
+from lowrank_onnx.waves import undominated
 
 _FUSED = (
     "cells that measured slower spelled out than fused stay fused, and a fused cell saves work in front of its "
@@ -120,6 +121,7 @@ def offers(
         with run.clock.step("time"):
             cache = open_cache(settings.cache)
             proposals = quickest(run.problem, proposals, cache, run.progress, equal=not working)
+            proposals = undominated(run.problem, proposals, cache, run.progress)
         if not proposals:
             raise TargetError(f"{option} cannot be met: every recurrent form measured slower than the fused operator")
     return sites, proposals, reasons

@@ -20,7 +20,7 @@ from lowrank_onnx.runtime import Runtime, gpu_libraries, onnxruntime
 
 _START = {"float16": 64, "float32": 32}  # on a GPU, until it is calibrated
 _FEWEST = 3  # ranks that a layer keeps: a narrow one gets a finer grid
-_KINDS = ("linear", "shared_input", "feedforward", "convolution")
+GRID_KINDS = ("linear", "shared_input", "feedforward", "convolution")
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def on_grid(proposals: Sequence[Proposal], table: DeviceTable) -> list[Proposal]
     """
     return [
         dataclasses.replace(entry, candidates=_chosen(entry.candidates, table.steps[entry.site.weight.dtype.name]))
-        if entry.site.kind in _KINDS
+        if entry.site.kind in GRID_KINDS
         and entry.site.weight.dtype.name in table.steps
         and not getattr(entry.technique, "multiple", 0)
         else entry

@@ -22,6 +22,7 @@ from lowrank_onnx.proposals import Proposal
 from lowrank_onnx.runtime import Runtime, gpu_libraries, left_on_cpu, onnxruntime, open_session, run
 from lowrank_onnx.sites import find_sites
 from lowrank_onnx.validation import benchmark
+from lowrank_onnx.waves import unbeaten
 
 CPU = Runtime()
 MODEL = """
@@ -232,3 +233,26 @@ def test_calibration_of_a_device_ends_in_the_local_table(tmp_path: Path, monkeyp
     table = device_table(Runtime(threads=1), Cache(tmp_path / "measured.sqlite"))
     assert table.as_dict()["steps"] == told["steps"]
     assert table.crossovers[0].dense_us == row["dense_us"]
+
+
+def test_a_rank_that_a_higher_one_beats_is_not_offered() -> None:
+    entry = offered(range(64, 385, 64))
+    times = dict(zip(map(id, entry.candidates), (10.0, 12.0, 20.0, 19.0, 25.0, 31.0), strict=True))
+    assert [candidate.ranks[0] for candidate in unbeaten(entry.candidates, times)] == [64, 128, 256, 320, 384]
+    falling = dict(zip(map(id, entry.candidates), (30.0, 28.0, 26.0, 24.0, 22.0, 20.0), strict=True))
+    assert [candidate.ranks[0] for candidate in unbeaten(entry.candidates, falling)] == [64, 384]
+
+
+def test_a_layer_that_waits_for_launches_keeps_its_ranks() -> None:
+    entry = offered(range(64, 385, 64))
+    times = dict(zip(map(id, entry.candidates), (10.0, 11.0, 10.5, 10.2, 11.0, 10.1), strict=True))
+    assert unbeaten(entry.candidates, times) == entry.candidates
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_ranks_on_the_gpu_are_few_and_rise_in_time() -> None:
+    model = _chain("float16", 2048, (2048, 2048), 2, 0, np.random.default_rng(0))
+    report = compress(model, keep_macs=0.6, technique=["svd"], provider="cuda", cache=False).report
+    assert report["ratio"]["macs"] <= 0.6
+    assert all(row["ranks"][0] % 64 == 0 for row in report["sites"] if row["decision"] == "factorized")

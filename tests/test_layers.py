@@ -35,7 +35,7 @@ ORDER = """
     augment trimming
     problem proposals
     latency building probes grids
-    probe_cache refine budget forms crossovers
+    probe_cache refine budget forms waves crossovers
     search reporting cascading nesting leveling adaptive run spread posteriors judging
     report
     frontiers deciding
