@@ -1,78 +1,95 @@
-"""Tensor train of a convolution: 1 x 1, one convolution per kernel axis, 1 x 1.
+"""Tensor trains, of convolutions and of tables of embeddings: see the two files named after them.
 
-    W[o, i, a, b]   becomes   Σ last[o, t] · height[s, r, a] · width[t, s, b] · first[r, i]
-
-Not in use unless asked for: four nodes for one pay for themselves in wide layers only.
+Not in use unless asked for.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-
-from lowrank_onnx.conv_chains import Link
-from lowrank_onnx.decompositions.tensor_train import tt_convolution
+from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish, Replacement, Site
 from lowrank_onnx.linalg import Array
-from lowrank_onnx.passes.convolution import ConvolutionPass, Form, Target, refit_last
+from lowrank_onnx.passes.tensor_train_convolution import TensorTrainConvolution
+from lowrank_onnx.passes.tensor_train_embedding import TensorTrainEmbedding
 
 
 @dataclass(frozen=True)
-class TensorTrain(ConvolutionPass):
-    """A chain cut at every bond by a truncated SVD; the last 1 x 1 is fitted to the data.
+class TensorTrain(Pass):
+    """A chain of cores cut at every bond by a truncated SVD: of a kernel over its axes, of a table over digits.
 
     Options:
-        multiple: Channels between are divisible by this; 0 chooses 16, less for layers narrower than 32.
-        ridge: Pull towards the original weight, in units of the mean variance of the patch.
-        sweeps: Not used; the train is found in one pass.
+        multiple: Ranks are divisible by this; 0 chooses.
+        ridge: Of convolutions: pull towards the original weight, in units of the mean variance of the patch.
+        cores: Of tables: into how many digits rows and features are split.
+        smoothing: Of tables: lookups added to the count of every row; 0 chooses on held-out calibration data.
     """
 
     name = "tensor_train"
-    reference = "Oseledets 2011, doi:10.1137/090752286; Garipov et al. 2016, arXiv:1611.03214"
+    kinds = ("convolution", "embedding")
+    reference = (
+        "Oseledets 2011, doi:10.1137/090752286; Garipov et al. 2016, arXiv:1611.03214; TT-Rec 2021, arXiv:2101.11714"
+    )
     default = False
-    no_form = "a 1 x 1 kernel or one channel"
+    multiple: int = 0
+    ridge: float = 0.001
+    cores: int = 2
+    smoothing: float = 1.0
 
-    def forms(self, shape: Sequence[int]) -> Sequence[Form]:
-        """See ConvolutionPass.forms."""
-        return [()] if min(shape[:2]) > 1 and math.prod(shape[2:]) > 1 else []
+    def __post_init__(self) -> None:
+        if min(self.multiple, self.ridge, self.smoothing) < 0 or self.cores < 2:
+            raise ValueError("multiple, ridge and smoothing must not be negative, cores must be 2 or more")
 
-    def structure(self, shape: Sequence[int], form: Form, ranks: tuple[int, ...]) -> tuple[Link, ...]:
-        """See ConvolutionPass.structure."""
-        outputs, inputs, *kernel = shape
-        one = [1] * len(kernel)
-        chain = [Link("first", (), (1, ranks[0], inputs, *one))]
-        for axis, length in enumerate(kernel):
-            lengths = [length if place == axis else 1 for place in range(len(kernel))]
-            chain.append(Link(f"axis{axis}", (axis,), (1, ranks[axis + 1], ranks[axis], *lengths)))
-        return (*chain, Link("last", (), (1, outputs, ranks[-1], *one)))
+    def _of(self, site: Site) -> Pass:
+        if site.kind == "embedding":
+            return TensorTrainEmbedding(self.multiple, self.cores, self.smoothing)
+        return TensorTrainConvolution(self.multiple, self.ridge)
 
-    def fit(self, target: Target, form: Form, ranks: tuple[int, ...]) -> tuple[Array, ...]:
-        """See ConvolutionPass.fit."""
-        if target.start is None:
-            made = tt_convolution(target.weight, ranks, split_kernel=True)
-            bonds = [target.weight.shape[1], *ranks, len(target.weight)]
-            # A bond that needs less gets less; what is missing is zero.
-            chain = tuple(
-                np.pad(weight, [(0, high - weight.shape[0]), (0, low - weight.shape[1]), *[(0, 0)] * (weight.ndim - 2)])
-                for weight, low, high in zip(made, bonds, bonds[1:], strict=False)
-            )
-        else:
-            chain = target.start
-        return chain if target.gram is None else refit_last(target, chain)
+    def refuse(self, site: Site) -> str | None:
+        """See Pass.refuse."""
+        return self._of(site).refuse(site)
 
-    def full(self, shape: Sequence[int], form: Form) -> tuple[int, ...]:
-        """See ConvolutionPass.full."""
-        outputs, inputs, *kernel = shape
-        before = np.cumprod([inputs, *kernel])
-        after = np.cumprod([outputs, *kernel[::-1]])[::-1]
-        return tuple(int(min(low, high)) for low, high in zip(before, after, strict=True))
+    def analyse(self, site: Site, moments: Mapping[str, Any] | None) -> Any:
+        """See Pass.analyse."""
+        return self._of(site).analyse(site, moments)
 
-    def grid(self, shape: Sequence[int], form: Form, step: int) -> Sequence[tuple[int, ...]]:
-        """See ConvolutionPass.grid."""
-        chosen = dict.fromkeys(
-            tuple(min(max(round(share * most / step) * step, step), most) for most in self.full(shape, form))
-            for share in np.arange(1, 65) / 64
-        )
-        return list(chosen)
+    def ranks(self, site: Site, analysis: Any) -> Sequence[tuple[int, ...]]:
+        """See Pass.ranks."""
+        return self._of(site).ranks(site, analysis)
+
+    def candidate(self, site: Site, analysis: Any, ranks: tuple[int, ...]) -> Candidate:
+        """See Pass.candidate."""
+        return self._of(site).candidate(site, analysis, ranks)
+
+    def factorize(self, site: Site, analysis: Any, candidate: Candidate) -> Factors:
+        """See Pass.factorize."""
+        return self._of(site).factorize(site, analysis, candidate)
+
+    def emit(self, site: Site, candidate: Candidate, factors: Factors) -> Sequence[Replacement]:
+        """See Pass.emit."""
+        return self._of(site).emit(site, candidate, factors)
+
+    def spell_rank(self, site: Site, analysis: Any, wish: RankWish) -> tuple[int, ...] | str:
+        """See Pass.spell_rank."""
+        return self._of(site).spell_rank(site, analysis, wish)
+
+    def check_ranks(self, site: Site, ranks: tuple[int, ...]) -> str | None:
+        """See Pass.check_ranks."""
+        return self._of(site).check_ranks(site, ranks)
+
+    def targets(self, site: Site) -> tuple[Site, ...]:
+        """See Pass.targets."""
+        return self._of(site).targets(site)
+
+    def refit(self, site: Site, candidate: Candidate, factors: Factors, moments: Moments, ridge: float) -> Factors:
+        """See Pass.refit."""
+        return self._of(site).refit(site, candidate, factors, moments, ridge)
+
+    def effective(self, site: Site, candidate: Candidate, factors: Factors) -> tuple[Array, Array | None]:
+        """See Pass.effective."""
+        return self._of(site).effective(site, candidate, factors)
+
+    def dense_equivalent(self, site: Site, candidate: Candidate, factors: Factors) -> Mapping[str, Dense]:
+        """See Pass.dense_equivalent."""
+        return self._of(site).dense_equivalent(site, candidate, factors)
