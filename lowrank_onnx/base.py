@@ -109,6 +109,8 @@ class Moments:
             row of W x and of R h on the states to come; None elsewhere.
         folds: Of a recurrent cell, the same sums over most samples and over those held out; None where there
             are too few.
+        spread: (K, K) of a layer in front of a softmax: mean covariance of the weight's columns, drawn with the
+            probabilities the layer predicts; None elsewhere.
     """
 
     rows: int
@@ -119,6 +121,7 @@ class Moments:
     target_energy: float = 0.0
     sensitivity: Array | None = None
     folds: tuple[Moments, Moments] | None = None
+    spread: Array | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

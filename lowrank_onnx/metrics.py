@@ -521,16 +521,19 @@ def class_axis(value: Array) -> int:
 
 def named_scores(name: str, value: Array) -> int | None:
     """Return the axis of the classes of an output that is called scores or logits; None if it is not."""
-    if value.ndim < 2 or not _NAMED_SCORES.search(name):
-        return None
-    return class_axis(value)
+    return class_axis(value) if value.ndim >= 2 and called_scores(name) else None
+
+
+def called_scores(name: str) -> bool:
+    """Whether the name of an output says that it holds scores of classes."""
+    return bool(_NAMED_SCORES.search(name))
 
 
 def looks_like_scores(name: str, value: Array) -> bool:
     """See ``Fidelity``."""
     if value.ndim < 2 or not 2 <= value.shape[class_axis(value)] <= _WIDEST:
         return False
-    if _NAMED_SCORES.search(name):
+    if called_scores(name):
         return True
     narrow = value.shape[1] <= 1000 and all(size == 1 for size in value.shape[2:])
     if narrow and not _NAMED_FEATURES.search(name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from lowrank_onnx.model import Model
 from lowrank_onnx.patches import POSITIONS, Places, Window, as_linear, unseen, window
 from lowrank_onnx.recurrent_statistics import observe_cells
 from lowrank_onnx.runtime import Runtime, open_session, run
+from lowrank_onnx.softmax_statistics import rows_of, spread_sums
 
 WIDEST = 16384  # a second moment of this width takes 2 GiB; wider layers go without data
 _LIVE_BYTES = 128 * 2**20  # of observed tensors at one time
@@ -140,6 +142,7 @@ def observe(
     chosen = [site for site in sites if site.kind != "tied" and unobserved(site) is None]
     layouts = {(use.input, row_layout(site)): _width(site, use) for site in chosen for use in site.uses}
     sums = {key: (CountSums if isinstance(key[1], Lookup) else MomentSums)(width) for key, width in layouts.items()}
+    spreads = spread_sums(chosen)
     shapes = {use.input: use.input_shape for site in chosen for use in site.uses}
     for group in _groups(layouts):
         names = sorted({name for name, _ in group})
@@ -160,7 +163,12 @@ def observe(
                     continue
                 value = feeds[name] if name in feeds else values[name]
                 count = positions_of(len(indices), len(dataset))
-                sums[key].add(choose_rows(layout, value.shape, keep, count, indices[0]).of_input(value))
+                met = choose_rows(layout, value.shape, keep, count, indices[0]).of_input(value)
+                sums[key].add(met)
+                if layout == "last":
+                    for (_, source), spread in spreads.items():
+                        if source == name:
+                            spread.add(met, rows_of(len(indices), len(dataset)))
             told += len(indices)
             if progress is not None:
                 progress("observe", told, len(dataset))
@@ -174,6 +182,10 @@ def observe(
     done = {key: entry.moments() for key, entry in sums.items()}
     cells = observe_cells(model, sites, dataset, runtime, lambda feeds: padding_mask(feeds, mask), progress)
     rows = {site.name: {use.input: done[(use.input, row_layout(site))] for use in site.uses} for site in chosen}
+    for (owner, source), spread in spreads.items():
+        seen = rows[owner][source]
+        assert isinstance(seen, Moments)
+        rows[owner][source] = dataclasses.replace(seen, spread=spread.spread())
     for site in sites:
         if site.kind == "tied" and all(name in rows for name in site.parts):
             rows[site.name] = {name: seen for part in site.parts for name, seen in rows[part].items()}

@@ -41,7 +41,7 @@ class Tied(Pass):
 
     name = "tied"
     kinds = ("tied",)
-    reference = "GroupReduce, NeurIPS 2018, arXiv:1806.06950, with the head's data as a second metric"
+    reference = "GroupReduce, NeurIPS 2018, arXiv:1806.06950, with what the head reads and predicts as a second metric"
     multiple: int = 0
     smoothing: float = 0.0
 
@@ -70,7 +70,8 @@ class Tied(Pass):
         weights = counts.total + (self.smoothing or pseudo_count(counts.total, counts.held))
         hidden = pooled(head, {use.input: _moments(moments[use.input]) for use in head.uses}, centred=False)
         asked = gram_of(site.weight, counts.total.astype(np.float64))
-        return Analysis(tied_basis(gram_of(site.weight, weights), gram, hidden.gram, middle, asked), True)
+        spread = _moments(moments[head.uses[0].input]).spread if len(head.uses) == 1 else None
+        return Analysis(tied_basis(gram_of(site.weight, weights), gram, hidden.gram, middle, asked, spread), True)
 
     def ranks(self, site: Site, analysis: Analysis) -> Sequence[tuple[int, ...]]:
         """See Pass.ranks."""

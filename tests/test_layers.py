@@ -26,7 +26,7 @@ ORDER = """
     shapes quantized
     sites.weights
     sites
-    cost batches feeds chains patches lookups recurrent_statistics attention_statistics
+    cost batches feeds chains patches lookups recurrent_statistics attention_statistics softmax_statistics
     block_chains conv_chains head_chains recurrent_chains
     statistics stream rewrite kept composing
     cascade levels stddev

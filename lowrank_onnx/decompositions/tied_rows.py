@@ -8,6 +8,9 @@ With G = Σ_i f_i e_iᵀ e_i for the lookups, K = EᵀE and H = E[hᵀ h] for th
 
 The best for one of them is P = S V Vᵀ S⁻¹, V the leading eigenvectors of S M S: S = I and M = G, or S² = H and
 M = K. For both no closed form is known; between the two lies a family, of which the best member is taken.
+
+Where a softmax follows, what the logits lose of their probabilities is asked for instead: about
+tr((I-P)ᵀ C (I-P) H), C the mean covariance of the rows of E under the probabilities (see ``softmax_statistics``).
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import scipy.linalg
 from lowrank_onnx.linalg import Array
 
 RIDGES = (0.01, 0.1, 1.0, 10.0, 1000.0)  # in units of the mean diagonal of H; the last is the plain metric
-SHARES = (0.0, 0.5, 1.0)  # of the lookups in what the subspace is chosen by
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the lookups in what the subspace is chosen by
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +57,12 @@ class TiedBasis:
 
 
 def tied_basis(
-    lookup_gram: Array, table_gram: Array, head_gram: Array, rank: int, asked: Array | None = None
+    lookup_gram: Array,
+    table_gram: Array,
+    head_gram: Array,
+    rank: int,
+    asked: Array | None = None,
+    spread: Array | None = None,
 ) -> TiedBasis:
     """Return the member of the family that is best for both uses together at a rank.
 
@@ -64,8 +72,10 @@ def tied_basis(
         head_gram: (D, D) E[hᵀ h], not centred.
         rank: Where the members are compared.
         asked: (D, D) G of the errors that are told, such as that of unsmoothed counts; ``lookup_gram`` if None.
+        spread: (D, D) C, to choose by instead of K; the errors that are told stay those of the logits.
     """
     scale = float(np.trace(head_gram)) / len(head_gram) or 1.0
+    wanted = table_gram if spread is None else spread
     made = []
     for ridge in RIDGES:
         values, vectors = scipy.linalg.eigh(head_gram + ridge * scale * np.eye(len(head_gram)))
@@ -73,9 +83,9 @@ def tied_basis(
         inverse = (vectors / np.sqrt(values)) @ vectors.T
         for share in SHARES:
             metric = share * lookup_gram / (np.trace(lookup_gram) or 1.0)
-            metric = metric + (1 - share) * table_gram / (np.trace(table_gram) or 1.0)
+            metric = metric + (1 - share) * wanted / (np.trace(wanted) or 1.0)
             _, basis = scipy.linalg.eigh(root @ metric @ root)
             basis = basis[:, ::-1]
-            made.append(TiedBasis(root @ basis, basis.T @ inverse, lookup_gram, table_gram, head_gram))
+            made.append(TiedBasis(root @ basis, basis.T @ inverse, lookup_gram, wanted, head_gram))
     best = min(made, key=lambda entry: entry.error(rank))
-    return best if asked is None else replace(best, lookup_gram=asked)
+    return replace(best, lookup_gram=lookup_gram if asked is None else asked, table_gram=table_gram)

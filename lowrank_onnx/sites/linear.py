@@ -16,6 +16,7 @@ Attributes by use, keyed by the node's name:
     addend: Name of Gemm's C; empty without one.
     bias_shape: Shape of the stored bias.
     add: True where the bias sits in an Add behind the node.
+    scores: True where what comes out are scores of classes, for a softmax over the last axis.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from onnx import NodeProto
 
 from lowrank_onnx.base import Site, Use
 from lowrank_onnx.linalg import Array
+from lowrank_onnx.metrics import called_scores
 from lowrank_onnx.model import Constant, Model, Scope
 from lowrank_onnx.shapes import Shapes, shape_of
 from lowrank_onnx.sites.weights import WEIGHT_DTYPES, attribute, freed_parameters, require_finite
@@ -129,7 +131,14 @@ def _use(model: Model, shapes: Shapes, found: _Found) -> tuple[Use, dict[str, An
     bias: Array | None = None
     dynamic = ""
     also: tuple[str, ...] = ()
-    more: dict[str, Any] = {"op": node.op_type, "beta": 1.0, "addend": "", "bias_shape": (), "add": False}
+    more: dict[str, Any] = {
+        "op": node.op_type,
+        "beta": 1.0,
+        "addend": "",
+        "bias_shape": (),
+        "add": False,
+        "scores": False,
+    }
     width = found.weight.shape[-1]
     axis = -1 if found.attributes["side"] == "right" else -2
     if node.op_type == "Gemm":
@@ -150,6 +159,8 @@ def _use(model: Model, shapes: Shapes, found: _Found) -> tuple[Use, dict[str, An
             add, bias, shape = added
             also, output = (add.name,), add.output[0]
             more.update(bias_shape=shape, add=True)
+    given = shape_of(shapes, scope, node.output[0])
+    more["scores"] = found.attributes["side"] == "right" and _are_scores(model, scope, output, given)
     use = Use(
         node=node.name,
         also=also,
@@ -160,7 +171,7 @@ def _use(model: Model, shapes: Shapes, found: _Found) -> tuple[Use, dict[str, An
         bias=bias,
         dynamic_bias=dynamic,
         input_shape=shape_of(shapes, scope, found.data),
-        output_shape=shape_of(shapes, scope, node.output[0]),
+        output_shape=given,
     )
     return use, more
 
@@ -183,6 +194,20 @@ def _bias_add(
         return None
     vector = _vector(constant.value, width, axis)
     return None if vector is None else (add, vector, tuple(constant.value.shape))
+
+
+def _are_scores(model: Model, scope: Scope, output: str, shape: tuple[int, ...] | None) -> bool:
+    """Whether an output of the model that is called scores, or a softmax over the last axis, takes a tensor."""
+    if shape is None or len(shape) not in (2, 3):
+        return False
+    if scope.path == "" and any(value.name == output for value in scope.graph.output):
+        return called_scores(output)
+    readers = [reader.node for reader in scope.readers.get(output, [])]
+    usual = -1 if model.opset >= 13 else 1
+    return bool(readers) and all(
+        node.op_type in ("Softmax", "LogSoftmax") and attribute(node, "axis", usual) in (-1, len(shape) - 1)
+        for node in readers
+    )
 
 
 def _vector(values: Array, width: int, axis: int) -> Array | None:
