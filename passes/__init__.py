@@ -12,6 +12,7 @@ from lowrank_onnx.passes.grouped_embedding import GroupedEmbedding
 from lowrank_onnx.passes.heads import Heads
 from lowrank_onnx.passes.hierarchical import Hierarchical
 from lowrank_onnx.passes.kronecker import Kronecker
+from lowrank_onnx.passes.logits import Logits
 from lowrank_onnx.passes.monarch import Monarch
 from lowrank_onnx.passes.nmf import NMF
 from lowrank_onnx.passes.nystrom import Nystrom
@@ -28,6 +29,7 @@ from lowrank_onnx.passes.tucker import Tucker
 
 PASSES: tuple[type[Pass], ...] = (
     SVD,
+    Logits,
     SharedInput,
     Feedforward,
     Heads,

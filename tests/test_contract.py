@@ -112,6 +112,14 @@ def linear_cases() -> dict[str, Case]:
             {"x": correlated((6, 3, 5, 16))},
         ),
         "gemm": Case(build(FLAT + "{ y = Gemm(x, w, b) }", {"w": w, "b": b}), x),
+        "scores": Case(
+            build("g (float[n,s,16] x) => (float[n,s,20] logits) { t = MatMul(x, w) logits = Add(t, b) }",
+                  {"w": w, "b": b}),
+            tokens,
+        ),
+        "scores without bias": Case(
+            build("g (float[n,16] x) => (float[n,20] logits) { logits = Gemm(x, w) }", {"w": w}), x
+        ),
         "gemm without bias": Case(build(FLAT + "{ y = Gemm(x, w) }", {"w": w}), x),
         "gemm scaled": Case(
             build(FLAT + "{ y = Gemm<alpha=0.5, beta=2.0, transB=1>(x, w, b) }", {"w": wt, "b": b[None, :]}), x

@@ -1,0 +1,119 @@
+"""Layers in front of a softmax: the optimum in the metric of probabilities, and what is left alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import scipy.linalg
+from onnx import ModelProto
+
+from lowrank_onnx.base import Pass
+from lowrank_onnx.metrics import root_probabilities
+from lowrank_onnx.passes.logits import Logits
+from lowrank_onnx.passes.svd import SVD
+from lowrank_onnx.pipeline import compress
+from tests.builders import Array, answers, build, correlated, difference, factorized, falling, moments, problem
+
+TEXT = "g (float[n,12] x) => (float[n,60] logits) { m = MatMul(x, w)  logits = Add(m, b) }"
+
+
+def model() -> tuple[ModelProto, dict[str, Array]]:
+    """Sixty classes, of which a few are ever expected; the others are told apart in vain."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((12, 60)) * np.where(np.arange(60) < 10, 0.4, 1.2)
+    bias = np.where(np.arange(60) < 10, 4.0, -6.0)
+    data = {"x": correlated((400, 12)) / 2}
+    return build(TEXT, {"w": weight.astype(np.float32), "b": bias.astype(np.float32)}), data
+
+
+def lost(proto: ModelProto, made: ModelProto, x: Array) -> float:
+    """Mean squared distance of root probabilities: half of KL."""
+    before, after = (root_probabilities(answers(entry, {"x": x})["logits"]) for entry in (proto, made))
+    return float(np.mean(np.sum((before - after) ** 2, axis=1)))
+
+
+@pytest.mark.parametrize("rank", [4, 6, 8])  # below that both lose nearly everything
+def test_probabilities_lose_less_than_by_truncated_svd(rank: int) -> None:
+    proto, data = model()
+    x = correlated((300, 12), seed=1) / 2
+    techniques: tuple[Pass, ...] = (Logits(), SVD())
+    made = []
+    for technique in techniques:
+        posed = problem(proto, data)
+        made.append(lost(proto, factorized(posed, technique, posed.sites[0], (rank,)), x))
+    assert made[0] < 0.75 * made[1]
+
+
+def test_no_map_of_that_rank_is_nearer_in_the_metric() -> None:
+    proto, data = model()
+    posed = problem(proto, data)
+    (site,) = posed.sites
+    seen = moments(posed)[site.name]["x"]
+    weight = site.weight.astype(np.float64)
+    bias = site.uses[0].bias
+    assert bias is not None
+    scores = data["x"].astype(np.float64) @ weight + bias
+    p = root_probabilities(scores) ** 2
+    fisher = np.diag(p.mean(axis=0)) - p.T @ p / len(p)
+    centred = seen.gram - np.outer(seen.mean, seen.mean)
+    root = scipy.linalg.sqrtm(centred).real
+    sides = root @ weight @ scipy.linalg.sqrtm(fisher).real
+    analysis = Logits(ridge=0).analyse(site, {"x": seen})
+    for rank in (1, 3, 7):
+        made = analysis.into[:, :rank] @ analysis.back[:rank] @ weight
+        missed = root @ (weight - made)
+        measured = float(np.trace(missed @ fisher @ missed.T))
+        tail = np.linalg.svd(sides, compute_uv=False)[rank:]
+        assert measured == pytest.approx(float(tail @ tail), rel=1e-3)
+
+
+def test_a_refit_gives_what_the_input_delivered_can_give() -> None:
+    proto, data = model()
+    posed = problem(proto, data)
+    (site,) = posed.sites
+    technique, seen = Logits(), moments(posed)[site.name]
+    analysis = technique.analyse(site, seen)
+    candidate = technique.candidate(site, analysis, (5,))
+    factors = technique.factorize(site, analysis, candidate)
+    rng = np.random.default_rng(0)
+    x = data["x"].astype(np.float64)
+    delivered, wanted = x + 0.3 * rng.standard_normal(x.shape) + 0.5, x @ site.weight
+    given = replace(
+        seen["x"],
+        mean=delivered.mean(axis=0),
+        gram=delivered.T @ delivered / len(x),
+        target_cross=delivered.T @ wanted / len(x),
+        target_mean=wanted.mean(axis=0),
+        target_energy=float(np.mean(np.sum(wanted**2, axis=1))),
+    )
+    made = technique.refit(site, candidate, factors, given, 0.0)
+    np.testing.assert_array_equal(made["first"], factors["first"])
+    bias = site.uses[0].bias
+    assert bias is not None
+    inner = np.concatenate([delivered @ made["first"], np.ones((len(x), 1))], axis=1)
+    best = inner @ np.linalg.lstsq(inner, wanted + bias, rcond=None)[0]
+    answer = delivered @ made["first"] @ made["second"] + made["bias:MatMul_0"]
+    assert difference(answer, best) < 1e-5
+
+
+def reason(text: str, weight: Array | None = None) -> str | None:
+    (site,) = problem(build(text, {"w": falling(12, 60) if weight is None else weight})).sites
+    return Logits().refuse(site)
+
+
+def test_what_is_no_head_is_refused() -> None:
+    told = "what the layer gives are not the scores of a softmax"
+    assert reason("g (float[n,12] x) => (float[n,60] y) { y = MatMul(x, w) }") == told
+    assert reason("g (float[n,60] x) => (float[60,12] y) { y = MatMul(w, x) }", falling(60, 60)) == told
+    two = "g (float[n,12] x, float[n,12] u) => (float[n,60] logits, float[n,60] scores) "
+    assert reason(two + "{ logits = MatMul(x, w)  scores = MatMul(u, w) }") == told
+    assert reason("g (float[n,12] x) => (float[n,60] logits) { logits = MatMul(x, w) }") is None
+
+
+def test_a_budget_prefers_it_where_it_is_better() -> None:
+    proto, data = model()
+    report = compress(proto, {"keep_params": 0.7}, calibrate=data, cache=False).report
+    (row,) = report["sites"]
+    assert row["technique"] == "logits" and report["fidelity"]["agreement"] > 0.9
