@@ -6,14 +6,22 @@ S² is the second moment H of x, V the leading eigenvectors of S C S, and C the 
 W under the probabilities (see ``softmax_statistics``). That minimises tr((I-P)ᵀ H (I-P) C), about twice the KL
 divergence, where truncated SVD minimises the squared error of the scores, most of which are of classes that
 nobody expects.
+
+With ``rerank=K`` the low rank only screens: the K best classes of every row get the scores they had,
+
+    i = TopK(z, K),   e = (E[i] xᵀ) + b[i],   logits = ScatterElements(z, i, e),   E = Wᵀ
+
+which keeps the whole weight in the file and costs K rows of it for every row of x.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import scipy.linalg
 
 from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish, Replacement, Site
@@ -60,6 +68,8 @@ class Logits(Pass):
     Options:
         multiple: Offer only ranks divisible by this; 0 chooses 8 for wide layers, less for narrow ones.
         ridge: Shrinkage towards plain SVD, in units of the mean input variance.
+        rerank: Exact scores for so many of the best classes; it saves work, not size. What the layer does to
+            the model is measured before re-ranking, so that more is promised than taken.
     """
 
     name = "logits"
@@ -68,15 +78,21 @@ class Logits(Pass):
     needs_data = True
     multiple: int = 0
     ridge: float = 0.01
+    rerank: int = 0
 
     def __post_init__(self) -> None:
-        if self.multiple < 0 or self.ridge < 0:
-            raise ValueError("multiple and ridge must not be negative")
+        if min(self.multiple, self.ridge, self.rerank) < 0:
+            raise ValueError("multiple, ridge and rerank must not be negative")
 
     def refuse(self, site: Site) -> str | None:
         """See Pass.refuse."""
         if site.weight.ndim != 2 or len(site.uses) > 1 or not is_scores(site, site.uses[0]):
             return "what the layer gives are not the scores of a softmax"
+        if self.rerank:
+            if self.rerank >= site.weight.shape[1]:
+                return f"there are {site.weight.shape[1]} classes, not more than the {self.rerank} to re-rank"
+            if site.weight.dtype != np.float32 or site.attributes["opset"] < 13 or site.attributes["data_transposed"]:
+                return "re-ranking takes rows of float32 and operator set 13"
         return SVD().refuse(site)
 
     def analyse(self, site: Site, moments: Mapping[str, Moments] | None) -> Projections:
@@ -115,15 +131,22 @@ class Logits(Pass):
         (rank,) = ranks
         rows, columns = site.weight.shape
         weight_error, output_error = analysis.errors(rank)
+        parameters = rank * (rows + columns) + (columns if self._new_bias(site, analysis) else 0)
+        macs = None if site.macs is None else site.macs // (rows * columns) * rank * (rows + columns)
+        if self.rerank:
+            parameters += rows * columns if site.freed or not site.attributes["rows"] else 0
+            parameters += columns if site.uses[0].bias is not None else 0
+            macs = None if site.macs is None or macs is None else macs + site.macs // columns * self.rerank
         return Candidate(
             site=site.name,
             technique=self.name,
             ranks=ranks,
-            parameters=rank * (rows + columns) + (columns if self._new_bias(site, analysis) else 0),
-            macs=None if site.macs is None else site.macs // (rows * columns) * rank * (rows + columns),
-            nodes=1,
+            parameters=parameters,
+            macs=macs,
+            nodes=10 if self.rerank else 1,
             weight_error=weight_error,
             output_error=output_error,
+            options={"rerank": self.rerank} if self.rerank else {},
         )
 
     def _new_bias(self, site: Site, analysis: Projections) -> bool:
@@ -139,11 +162,16 @@ class Logits(Pass):
             bias = 0.0 if use.bias is None else use.bias.astype(np.float64)
             lost = analysis.mean @ analysis.weight - (analysis.mean @ first) @ second
             factors[f"bias:{use.node}"] = store(bias + lost, site)
+        if self.rerank and not site.attributes["rows"]:
+            factors["rows"] = store(site.weight.T, site)
         return factors
 
     def emit(self, site: Site, candidate: Candidate, factors: Factors) -> Sequence[Replacement]:
         """See Pass.emit."""
-        return SVD().emit(site, candidate, factors)
+        (made,) = SVD().emit(site, candidate, factors)
+        if not candidate.options:
+            return [made]
+        return [dataclasses.replace(made, nodes=(*made.nodes, *_reranked(site, made, candidate, factors)))]
 
     def spell_rank(self, site: Site, analysis: Projections, wish: RankWish) -> tuple[int, ...] | str:
         """See Pass.spell_rank."""
@@ -182,3 +210,34 @@ class Logits(Pass):
     def dense_equivalent(self, site: Site, candidate: Candidate, factors: Factors) -> Mapping[str, Dense]:
         """See Pass.dense_equivalent."""
         return SVD().dense_equivalent(site, candidate, factors)
+
+
+def _reranked(site: Site, made: Replacement, candidate: Candidate, factors: Factors) -> list[gs.Node]:
+    """Turn what the chain gives into a screen, and put exact scores of the best classes into it."""
+    (use,) = site.uses
+    screen = gs.Variable(f"{use.node}/screen")
+    (last,) = [node for node in made.nodes if node.outputs[0].name == use.output]
+    last.outputs = [screen]
+    nodes: list[gs.Node] = []
+
+    def step(op: str, inputs: Sequence[gs.Tensor], outputs: int = 1, **attributes: object) -> gs.Variable:
+        name = f"{use.node}/rerank_{op.lower()}{len(nodes)}"
+        results = [gs.Variable(f"{name}_{place}") for place in range(outputs)]
+        nodes.append(gs.Node(op, name, attributes, list(inputs), results))
+        return results[-1]
+
+    count = gs.Constant(f"{use.node}/rerank", np.array([candidate.options["rerank"]], np.int64))
+    last_axis = gs.Constant(f"{use.node}/last_axis", np.array([-1], np.int64))
+    rows: gs.Tensor = gs.Variable(site.attributes["rows"])
+    if "rows" in factors:
+        rows = gs.Constant(f"{site.name}/rows", factors["rows"])
+    best = step("TopK", [screen, count], 2, axis=-1, sorted=0)
+    column = step("Unsqueeze", [gs.Variable(use.input), last_axis])
+    product = step("MatMul", [step("Gather", [rows, best], axis=0), column])
+    exact = step("Squeeze", [product, last_axis])
+    if use.bias is not None:
+        bias = gs.Constant(f"{use.node}/exact_bias", store(use.bias, site))
+        exact = step("Add", [exact, step("Gather", [bias, best], axis=0)])
+    inputs = [screen, best, exact]
+    nodes.append(gs.Node("ScatterElements", f"{use.node}/rerank", {"axis": -1}, inputs, [gs.Variable(use.output)]))
+    return nodes

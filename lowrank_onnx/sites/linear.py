@@ -9,6 +9,7 @@ Attributes of a site:
     data_transposed: Gemm reads the data operand transposed.
     stored: The stored weight as the node reads it is ``weight`` transposed.
     alpha: Factor that was folded into ``weight``.
+    rows: Name of the initializer that holds ``weight`` transposed, (N, K); empty where there is none.
     opset: Of the model, which decides how nodes are spelled.
 Attributes by use, keyed by the node's name:
     op: Operator of the node; a weight may be shared by MatMul and Gemm.
@@ -34,7 +35,7 @@ from lowrank_onnx.linalg import Array
 from lowrank_onnx.metrics import called_scores
 from lowrank_onnx.model import Constant, Model, Scope
 from lowrank_onnx.shapes import Shapes, shape_of
-from lowrank_onnx.sites.weights import WEIGHT_DTYPES, attribute, freed_parameters, require_finite
+from lowrank_onnx.sites.weights import WEIGHT_DTYPES, attribute, attribute_list, freed_parameters, require_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,8 @@ def _matmul(model: Model, shapes: Shapes, scope: Scope, node: NodeProto) -> _Fou
     shape = shape_of(shapes, scope, data)
     vector = shape is not None and len(shape) == 1  # W x = x Wᵀ, which has rows and no columns
     side = "left" if stored and not vector else "right"
-    attributes = {"side": side, "data_transposed": False, "stored": stored, "alpha": 1.0}
+    rows = _turned(scope, name) if side == "right" else ""
+    attributes = {"side": side, "data_transposed": False, "stored": stored, "alpha": 1.0, "rows": rows}
     return _Found(constant, weight, attributes, node, scope, data, name)
 
 
@@ -96,8 +98,17 @@ def _gemm(model: Model, scope: Scope, node: NodeProto) -> _Found | None:
     weight = constant.value.T if stored else constant.value
     if alpha != 1.0:
         weight = (weight.astype(np.float64) * alpha).astype(weight.dtype)
-    attributes = {"side": side, "data_transposed": data_transposed, "stored": stored, "alpha": alpha}
+    rows = name if stored and alpha == 1.0 and scope.path == "" and name in scope.initializers else ""
+    attributes = {"side": side, "data_transposed": data_transposed, "stored": stored, "alpha": alpha, "rows": rows}
     return _Found(constant, weight, attributes, node, scope, data, name)
+
+
+def _turned(scope: Scope, name: str) -> str:
+    """The initializer of the main graph that a tensor is the plain transpose of; empty where there is none."""
+    node = scope.producers.get(name)
+    if scope.path or node is None or node.op_type != "Transpose" or node.input[0] not in scope.initializers:
+        return ""
+    return str(node.input[0]) if attribute_list(node, "perm") in ((), (1, 0)) else ""
 
 
 def _site(model: Model, shapes: Shapes, group: list[_Found]) -> Site:

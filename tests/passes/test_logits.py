@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 import scipy.linalg
 from onnx import ModelProto
 
 from lowrank_onnx.base import Pass
 from lowrank_onnx.metrics import root_probabilities
+from lowrank_onnx.model import parameter_count
 from lowrank_onnx.passes.logits import Logits
 from lowrank_onnx.passes.svd import SVD
-from lowrank_onnx.pipeline import compress
+from lowrank_onnx.pipeline import apply, compress
 from tests.builders import Array, answers, build, correlated, difference, factorized, falling, moments, problem
 
 TEXT = "g (float[n,12] x) => (float[n,60] logits) { m = MatMul(x, w)  logits = Add(m, b) }"
@@ -117,3 +120,57 @@ def test_a_budget_prefers_it_where_it_is_better() -> None:
     report = compress(proto, {"keep_params": 0.7}, calibrate=data, cache=False).report
     (row,) = report["sites"]
     assert row["technique"] == "logits" and report["fidelity"]["agreement"] > 0.9
+
+
+FORMS = {
+    "matmul": "(float[n,s,60] logits) { m = MatMul(x, w)  logits = Add(m, b) }",
+    "matmul of a turned table": "(float[n,s,60] logits) { t = Transpose(e)  m = MatMul(x, t)  logits = Add(m, b) }",
+    "without bias": "(float[n,s,60] logits) { t = Transpose<perm=[1,0]>(e)  logits = MatMul(x, t) }",
+    "tied": """(float[n,s,60] logits, float[n,s,12] y) {
+        t = Transpose<perm=[1,0]>(e)  logits = MatMul(x, t)  k = ArgMax<axis=-1, keepdims=0>(x)  y = Gather(e, k) }""",
+    "gemm": "(float[n,60] logits) { logits = Gemm<transB=1>(x, e, b) }",
+    "gemm alpha": "(float[n,60] logits) { logits = Gemm<transB=1, alpha=0.5, beta=2.0>(x, e, b) }",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rank", [2, 12])
+def test_the_best_classes_get_the_scores_they_had(form: str, rank: int) -> None:
+    base, data = model()
+    weight, bias = (onnx.numpy_helper.to_array(tensor) for tensor in base.graph.initializer)
+    flat = form.startswith("gemm")
+    x = data["x"] if flat else data["x"].reshape(50, 8, 12)
+    text = f"g (float[{'n' if flat else 'n,s'},12] x) => {FORMS[form]}"
+    proto = build(text, {"w": weight, "b": bias, "e": weight.T})
+    unused = {tensor.name for tensor in proto.graph.initializer} - set(re.findall(r"\b[web]\b", FORMS[form]))
+    for tensor in [tensor for tensor in proto.graph.initializer if tensor.name in unused]:
+        proto.graph.initializer.remove(tensor)
+    posed = problem(proto, {"x": x})
+    site = next(site for site in posed.sites if site.kind == "linear")
+    technique = Logits(rerank=5)
+    assert technique.refuse(site) is None
+    candidate = technique.candidate(site, technique.analyse(site, moments(posed)[site.name]), (rank,))
+    made = factorized(posed, technique, site, (rank,))
+    onnx.checker.check_model(made, full_check=True)
+    assert parameter_count(made) == parameter_count(proto) - site.freed + candidate.parameters
+    before, after = (answers(entry, {"x": x})["logits"].reshape(-1, 60) for entry in (proto, made))
+    screen = answers(factorized(posed, Logits(), site, (rank,)), {"x": x})["logits"].reshape(-1, 60)
+    best = np.argsort(-screen, axis=1)[:, :5]
+    np.testing.assert_allclose(
+        np.take_along_axis(after, best, 1), np.take_along_axis(before, best, 1), rtol=1e-4, atol=1e-4
+    )
+    others = np.ones_like(screen, bool)
+    np.put_along_axis(others, best, False, 1)
+    np.testing.assert_allclose(after[others], screen[others], rtol=1e-5, atol=1e-5)
+
+
+def test_re_ranking_keeps_the_best_guess_at_less_work() -> None:
+    proto, data = model()
+    told = {}
+    for rerank in (0, 8):
+        result = compress(proto, rank=4, technique=[f"logits:rerank={rerank}"], calibrate=data, cache=False)
+        told[rerank] = result.report["fidelity"]["agreement"]
+        again = apply(proto, result.plan, calibrate=data)
+        assert again.model.SerializeToString() == result.model.SerializeToString()
+    assert told[8] > 0.98 > told[0]
+    assert "more than the 60 to re-rank" in str(Logits(rerank=60).refuse(problem(proto).sites[0]))
