@@ -118,4 +118,4 @@ def _fitted(values: Array, shape: tuple[int, ...]) -> Array:
     for axis, size in enumerate(shape):
         if values.shape[axis] != size:
             values = np.take(values, np.arange(size) % values.shape[axis], axis=axis)
-    return np.ascontiguousarray(values)
+    return np.array(values, order="C")  # ascontiguousarray would give a scalar an axis

@@ -16,6 +16,9 @@ from lowrank_onnx.decompositions.rows import PSEUDO_COUNTS, pseudo_count, weight
 from lowrank_onnx.errors import TargetError
 from lowrank_onnx.model import parameter_count
 from lowrank_onnx.passes.embedding import Embedding
+from lowrank_onnx.passes.grouped_embedding import GroupedEmbedding
+from lowrank_onnx.passes.nmf import NMF
+from lowrank_onnx.passes.tensor_train import TensorTrain
 from lowrank_onnx.pipeline import compress
 from tests.builders import Array, answers, build, difference, factorized, falling, furthest, moments, problem
 
@@ -48,13 +51,40 @@ def test_any_gather_at_full_rank_is_the_original(draw: Any) -> None:
     indices = np.asarray(rng.integers(-size, size, where), dtype)
     table = rng.standard_normal(shape).astype(np.float32)
     proto = gather(table, axis, indices)
-    posed = problem(proto)
+    posed = problem(proto, {"i": np.stack([indices] * 3)} if indices.size else None)
     (site,) = posed.sites
     rows = np.moveaxis(table, axis, 0).reshape(size, -1)
-    made = factorized(posed, Embedding(), site, (min(rows.shape),))
+    technique = draw.draw(st.sampled_from([Embedding(), GroupedEmbedding()])) if indices.size else Embedding()
+    made = factorized(posed, technique, site, (min(rows.shape),))
     onnx.checker.check_model(made, full_check=True)
     feeds = {"i": indices}
     assert furthest(answers(made, feeds), answers(proto, feeds)) < 1e-5
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data())
+def test_one_index_out_of_range_fails_in_any_gather(draw: Any) -> None:
+    technique = draw.draw(st.sampled_from([Embedding(), GroupedEmbedding(), NMF(), TensorTrain()]))
+    shape = tuple(draw.draw(st.lists(st.integers(4, 6), min_size=2, max_size=3)))
+    axis = draw.draw(st.integers(-len(shape), len(shape) - 1))
+    size = shape[axis]
+    where = tuple(draw.draw(st.lists(st.integers(1, 3), max_size=3)))
+    dtype = draw.draw(st.sampled_from([np.int32, np.int64]))
+    rng = np.random.default_rng(draw.draw(st.integers(0, 99)))
+    indices = np.asarray(rng.integers(-size, size, where), dtype)
+    proto = gather(rng.standard_normal(shape).astype(np.float32), axis, indices)
+    posed = problem(proto, {"i": np.stack([indices] * 3)})
+    (site,) = posed.sites
+    made = factorized(posed, technique, site, (1,))
+    for model in (proto, made):
+        answers(model, {"i": indices})
+    wrong = indices.copy()
+    wrong.reshape(-1)[draw.draw(st.integers(0, indices.size - 1))] = draw.draw(
+        st.sampled_from([size, -size - 1, 2**31 - 1, -(2**31)])
+    )
+    for model in (proto, made):
+        with pytest.raises(Exception, match="out of data bounds"):
+            answers(model, {"i": wrong})
 
 
 @pytest.mark.parametrize("index", [20, -21, 2**31 - 1])
