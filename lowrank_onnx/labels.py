@@ -28,7 +28,7 @@ def read_labels(path: str | os.PathLike[str]) -> list[str]:
     except OSError as error:
         raise LowRankError(f"--labels '{path}' cannot be read: {error.strerror}") from error
     # Not splitlines, which also cuts at marks that may be tokens themselves, such as U+2028.
-    names = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    names = text.removesuffix("\n").split("\n")
     if "\0" in text or not text.strip():
         raise LowRankError(f"--labels '{path}' holds no text; expected one name a line")
     return names

@@ -16,9 +16,10 @@ from lowrank_onnx.decompositions.nmf import semi_nmf
 from lowrank_onnx.errors import LowRankError
 from lowrank_onnx.labels import read_labels, strongest_rows
 from lowrank_onnx.memory import session_rss_bytes
+from lowrank_onnx.passes.nmf import NMF
 from lowrank_onnx.pipeline import compress
 from lowrank_onnx.runtime import Runtime
-from tests.builders import Array, build, correlated, falling
+from tests.builders import Array, build, correlated, falling, moments, problem
 
 SCHEMA = json.loads((Path(lowrank_onnx.__file__).parent / "report" / "schema.json").read_text(encoding="utf-8"))
 TEXT = "g (int64[n,s] i) => (float[n,s,20] y) { e = Gather(t, i)  y = MatMul(e, w) }"
@@ -79,6 +80,37 @@ def test_components_are_told_by_name(tmp_path: Path) -> None:
         assert entry["rows"][0] == {"name": f"token{int(column.argmax())}", "strength": 1.0}
         strengths = [row["strength"] for row in entry["rows"]]
         assert strengths == sorted(strengths, reverse=True) and strengths[-1] > 0
+
+
+def test_outputs_of_a_layer_are_told_by_name_too(tmp_path: Path) -> None:
+    proto, ids = model()
+    file = tmp_path / "names.txt"
+    file.write_text("".join(f"output{place}\n" for place in range(20)))
+    result = compress(proto, rank=5, technique=["nmf"], calibrate=ids, labels=file, cache=False)
+    table, layer = result.report["sites"]
+    factor = constant(result.model, "MatMul_1/second")
+    assert "components" not in table and len(layer["components"]) == 5
+    for entry in layer["components"]:
+        assert entry["rows"][0]["name"] == f"output{int(factor[entry['component']].argmax())}"
+
+
+def test_the_ten_strongest_rows_are_told() -> None:
+    (entry,) = strongest_rows(np.arange(1.0, 16.0)[:, None], [str(place) for place in range(15)])
+    assert [row["name"] for row in entry["rows"]] == [str(place) for place in range(14, 4, -1)]
+
+
+def test_zeros_asked_for_are_made_up_for_by_the_other_factor() -> None:
+    proto, ids = model()
+    posed = problem(proto, ids)
+    site = next(site for site in posed.sites if site.kind == "embedding")
+    technique, table = NMF(sparsity=0.5), site.weight.astype(np.float64)
+    seen = moments(posed)[site.name]
+    analysis = technique.analyse(site, seen)
+    factors = technique.factorize(site, analysis, technique.candidate(site, analysis, (5,)))
+    first, second = factors["first"].astype(np.float64), factors["second"].astype(np.float64)
+    weights = (seen["i"].total + 1)[:, None]
+    best = np.linalg.lstsq(np.sqrt(weights) * first, np.sqrt(weights) * table, rcond=None)[0]
+    np.testing.assert_allclose(second, best, rtol=1e-3, atol=1e-5)
 
 
 def test_components_are_largest_first_and_hold_no_zero_rows() -> None:
