@@ -9,6 +9,7 @@ from onnx import NodeProto
 
 from lowrank_onnx.model import Model, Scope, parameter_count, subgraphs
 from lowrank_onnx.shapes import Shapes, shape_of
+from lowrank_onnx.sites.attention_nodes import keys_seen
 from lowrank_onnx.sites.weights import attribute, attribute_text
 
 
@@ -105,11 +106,16 @@ def node_macs(scope: Scope, node: NodeProto, shapes: Shapes) -> int | None:
         return _einsum_macs([shape(name) for name in node.input], attribute_text(node, "equation", ""))
     if node.op_type == "Attention" and node.domain in ("", "ai.onnx"):
         return _attention_macs(shape(node.input[0]), shape(node.input[1]), shape(node.input[2]), node)
-    if node.op_type == "MultiHeadAttention" and len(node.input) > 2 and all(node.input[:3]):
+    fused = node.op_type in ("MultiHeadAttention", "GroupQueryAttention")
+    if fused and len(node.input) > 2 and all(node.input[:3]):
         query, key, value = (shape(name) for name in node.input[:3])
-        if query is None or key is None or value is None or not len(query) == len(key) == len(value) == 3:
+        keys = keys_seen(node, shape)
+        if query is None or key is None or value is None or keys is None:
             return None
-        return math.prod(query[:2]) * key[1] * (query[2] + value[2])
+        if not len(query) == len(key) == len(value) == 3:
+            return None
+        repeated = query[2] // key[2] if node.op_type == "GroupQueryAttention" else 1
+        return math.prod(query[:2]) * keys * (query[2] + repeated * value[2])
     return 0
 
 

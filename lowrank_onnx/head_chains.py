@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from lowrank_onnx.base import Replacement, Site
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.sites.attention import Resize, Scale, Table
+from lowrank_onnx.sites.attention_nodes import Turned
 
 
 def narrowed(site: Site, width: int, chains: Sequence[Replacement], columns: Array | None = None) -> Replacement:
@@ -32,7 +34,12 @@ def narrowed(site: Site, width: int, chains: Sequence[Replacement], columns: Arr
             nodes.append(_scale(scale, share))
             remove.append(scale.node)
     for place, table in enumerate(site.attributes["tables"]):
-        nodes += _turned(site, place, table, np.asarray(columns, np.int64))
+        kept = np.asarray(columns, np.int64)
+        if isinstance(table, Turned):
+            nodes += _turned_inside(site, table, kept)
+            remove.append(table.node.name)
+            continue
+        nodes += _turned(site, place, table, kept)
         remove.append(table.node)
     (scope,) = {chain.scope for chain in chains}
     resized = tuple((cache.name, cache.axis, width) for cache in site.attributes["caches"])
@@ -79,6 +86,22 @@ def _turned(site: Site, place: int, table: Table, columns: Array) -> list[gs.Nod
     gather = gs.Node("Gather", f"{site.name}/table{first}", {"axis": -1}, [gs.Variable(table.table), index], [chosen])
     product = gs.Node("Mul", f"{table.node}/heads", {}, [gs.Variable(table.input), chosen], [gs.Variable(table.output)])
     return [*([gather] if first == place else []), product]
+
+
+def _turned_inside(site: Site, table: Turned, columns: Array) -> list[gs.Node]:
+    """The node that turns positions, with some columns of its tables: one for every pair of columns of a head."""
+    pairs = columns[::2] // 2 if table.interleaved else columns[: len(columns) // 2]
+    inputs: list[gs.Tensor] = [gs.Variable(name) for name in table.node.input]
+    index = gs.Constant(f"{site.name}/pairs", pairs)
+    nodes = []
+    for slot in table.slots:
+        chosen = gs.Variable(f"{site.name}/table{slot}")
+        nodes.append(gs.Node("Gather", chosen.name, {"axis": 1}, [inputs[slot], index], [chosen]))
+        inputs[slot] = chosen
+    attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in table.node.attribute}
+    outputs = [gs.Variable(name) for name in table.node.output]
+    same = gs.Node(table.node.op_type, f"{table.node.name}/heads", attributes, inputs, outputs, table.node.domain)
+    return [*nodes, same]
 
 
 def _scale(scale: Scale, share: float) -> gs.Node:

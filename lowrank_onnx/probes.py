@@ -164,6 +164,8 @@ def _parts(site: Site) -> tuple[Site, ...]:
     """The single sites whose dense weights a probe of this site changes."""
     if site.kind == "feedforward":
         return (site.attributes["out"],)
+    if site.kind == "attention" and site.attributes["half"] == "whole":
+        return (site.attributes["parts"][0], site.attributes["parts"][3])
     if site.kind == "attention":  # what one layer of either half can tell of both; see Heads.dense_equivalent
         return (site.attributes["parts"][0 if site.attributes["half"] == "scores" else 1],)
     return tuple(site.attributes["parts"]) if site.kind in ("shared_input", "tied") else (site,)
@@ -171,7 +173,7 @@ def _parts(site: Site) -> tuple[Site, ...]:
 
 def _front(site: Site) -> tuple[Site, ...]:
     """The parts whose inputs do not depend on the site itself: of a tied table the lookup, not the head."""
-    return _parts(site)[:1] if site.kind == "tied" else _parts(site)
+    return _parts(site)[:1] if site.kind == "tied" or site.attributes.get("half") == "whole" else _parts(site)
 
 
 def _with_dense(

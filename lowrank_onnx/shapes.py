@@ -32,7 +32,7 @@ COSTLY_OPS = frozenset(
         "Einsum",
         "Gather",
     }
-    | {"Attention", "MultiHeadAttention", "Scan", "Expand", "Reshape", "Cos", "Sin"}
+    | {"Attention", "MultiHeadAttention", "GroupQueryAttention", "Scan", "Expand", "Reshape", "Cos", "Sin"}
 )
 
 

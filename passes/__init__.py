@@ -26,6 +26,7 @@ from lowrank_onnx.passes.svd import SVD
 from lowrank_onnx.passes.tensor_train import TensorTrain
 from lowrank_onnx.passes.tied import Tied
 from lowrank_onnx.passes.tucker import Tucker
+from lowrank_onnx.passes.whole_heads import WholeHeads
 
 PASSES: tuple[type[Pass], ...] = (
     SVD,
@@ -33,6 +34,7 @@ PASSES: tuple[type[Pass], ...] = (
     SharedInput,
     Feedforward,
     Heads,
+    WholeHeads,
     RecurrentInput,
     RecurrentStored,
     RecurrentCell,

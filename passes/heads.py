@@ -23,6 +23,7 @@ from lowrank_onnx.decompositions.heads import best_pairs, block_diagonal, score_
 from lowrank_onnx.head_chains import narrowed, query_gain
 from lowrank_onnx.kept import Kept
 from lowrank_onnx.linalg import Array, regression, with_ridge
+from lowrank_onnx.sites.attention_nodes import Turned
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,7 @@ class Scores:
         queries, keys: (G, d, d) moments of both; those of the keys centred, those of queries of one key added up.
         mixed_q, mixed_k: (G, d, d) mixings, nested; empty where pairs are chosen.
         pairs: (d / 2,) the pairs that are turned together, the best first; None where columns may be mixed.
+        interleaved: Whether pair i is the columns (2 i, 2 i + 1), instead of (i, i + d / 2).
         seen: Whether data were seen.
     """
 
@@ -41,6 +43,7 @@ class Scores:
     mixed_q: Array
     mixed_k: Array
     pairs: Array | None
+    interleaved: bool
     seen: bool
 
     def mixings(self, rank: int) -> tuple[Array, Array]:
@@ -48,7 +51,7 @@ class Scores:
         if self.pairs is None:
             return self.mixed_q[:, :, :rank], self.mixed_k[:, :, :rank]
         groups, width, _ = self.queries.shape
-        chosen = np.eye(width)[:, chosen_columns(self.pairs, rank)]
+        chosen = np.eye(width)[:, chosen_columns(self.pairs, rank, self.interleaved)]
         return (np.broadcast_to(chosen, (groups, width, rank)),) * 2
 
 
@@ -90,6 +93,8 @@ class Heads(Pass):
 
     def refuse(self, site: Site) -> str | None:
         """See Pass.refuse."""
+        if site.attributes["half"] == "whole":
+            return "its node wants queries, keys and values of one width, which whole_heads changes together"
         if site.attributes["refusal"]:
             return str(site.attributes["refusal"])
         empty = [part.name for part in site.attributes["parts"] if not part.weight.any()]
@@ -117,9 +122,11 @@ class Heads(Pass):
                 found.append(blocks.reshape(groups, -1, width, width).sum(axis=1))
         if turned:
             none = np.empty((groups, width, 0))
-            return Scores(plain[0], plain[1], none, none, best_pairs(plain[0], plain[1]), moments is not None)
+            interleaved = any(isinstance(table, Turned) and table.interleaved for table in site.attributes["tables"])
+            pairs = best_pairs(plain[0], plain[1], interleaved)
+            return Scores(plain[0], plain[1], none, none, pairs, interleaved, moments is not None)
         mixed_q, mixed_k, _ = score_bases(*ridged)
-        return Scores(plain[0], plain[1], mixed_q, mixed_k, None, moments is not None)
+        return Scores(plain[0], plain[1], mixed_q, mixed_k, None, False, moments is not None)
 
     def ranks(self, site: Site, analysis: Scores | Values) -> Sequence[tuple[int, ...]]:
         """See Pass.ranks."""
@@ -288,9 +295,11 @@ def _entry(part: Site, moments: Mapping[str, Moments] | None) -> Moments:
     return Moments(1, np.zeros(inputs), np.eye(inputs))
 
 
-def chosen_columns(pairs: Array, rank: int) -> Array:
-    """The columns (r,) of the best r / 2 pairs, first halves and then second ones, rising."""
+def chosen_columns(pairs: Array, rank: int, interleaved: bool) -> Array:
+    """The columns (r,) of the best r / 2 pairs in the order they had, so that they are turned together again."""
     first = np.sort(pairs[: rank // 2])
+    if interleaved:
+        return np.stack([2 * first, 2 * first + 1], axis=1).reshape(-1)
     return np.concatenate([first, first + len(pairs)])
 
 

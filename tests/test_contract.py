@@ -419,6 +419,26 @@ def attention_cases() -> dict[str, Case]:
     fused_values = "{ vm = MatMul(x, v)  vb = Add(vm, bv)  c = "
     heads = "com.microsoft.MultiHeadAttention<num_heads=4>"
     weighed = "g (float[n,s,12] x, float[n,h,s,s] p) => (float[n,s,10] y)"
+
+    def grouped(width: int, more: str = "", tables: str = "") -> Case:
+        """Two heads of the keys and values for four of the queries, in one node."""
+        held = {"zero": np.array([0]), "one": np.array([1]), "two": np.array([2]), "less": np.array(1, np.int32)}
+        held |= {"q": falling(12, 4 * width), "k": falling(12, 2 * width, seed=1), "o": falling(4 * width, 10, seed=3)}
+        held |= {"v": falling(12, 2 * width, seed=2), "bo": constants["bo"]}
+        held |= {"bv": rng.standard_normal(2 * width).astype(np.float32)}
+        if tables:
+            angle = np.arange(16)[:, None] * 10.0 ** -np.arange(0, 2, 4 / width)
+            held |= {"cos": np.cos(angle).astype(np.float32), "sin": np.sin(angle).astype(np.float32)}
+        text = f"""g (float[n,s,12] x) => (float[n,s,10] y) {{
+            shape = Shape(x)  batch = Slice(shape, zero, one)  steps = Slice(shape, one, two)
+            whole = Cast<to=6>(steps)  total = Squeeze(whole)  last = Sub(total, less)  lengths = Expand(last, batch)
+            qm = MatMul(x, q)  km = MatMul(x, k)  vm = MatMul(x, v)  vb = Add(vm, bv)
+            c = com.microsoft.GroupQueryAttention<num_heads=4, kv_num_heads=2{more}>
+                (qm, km, vb, , , lengths, total{tables})
+            om = MatMul(c, o)  y = Add(om, bo) }}"""
+        return Case(build(text, held, imports=', "com.microsoft": 1'), {"x": tokens})
+
+    turned = ", cos, sin"
     return {
         "scores": Case(made(head, scores + " a = MatMul(qh, kh) b = Div(a, two) y = Softmax(b) }"), {"x": tokens}),
         "scores bare": Case(made(head, bare + " a = MatMul(qh, kh) y = Softmax(a) }"), {"x": tokens}),
@@ -450,6 +470,10 @@ def attention_cases() -> dict[str, Case]:
                   used(fused_values + "(c, o)(om, bo)"), imports=', "com.microsoft": 1'),
             {"x": tokens, "e": correlated((12, 7, 16), seed=8)},
         ),
+        "grouped queries": grouped(16),
+        "grouped queries, other scale": grouped(16, ", scale=0.4"),
+        "grouped queries, turned": grouped(32, ", do_rotary=1", turned),
+        "grouped queries, turned in place": grouped(32, ", do_rotary=1, rotary_interleaved=1", turned),
         "values": Case(made(weighed, values), {"x": tokens, "p": attention}),
         "values bare": Case(made(weighed, computed), {"x": tokens, "p": attention}),
     }  # fmt: skip
@@ -462,22 +486,33 @@ def attention_error(posed: Problem, site: Site, lost: Mapping[str, float]) -> fl
 
 def score_error_of(trial: Trial) -> float | None:
     """Of all queries with all keys, head by head; what is the same for all keys makes no difference."""
-    if trial.site.attributes["half"] == "values":
+    half, (query, key, *others) = trial.site.attributes["half"], trial.site.attributes["parts"]
+    if half == "values":
         return None
-    query, key = trial.site.attributes["parts"]
-    heads = trial.site.attributes["heads"]
+    heads, groups = trial.site.attributes["heads"], trial.site.attributes["groups"]
+    turned = bool(trial.site.attributes["tables"])
 
     def rows(part: Site, weight: Array, bias: Array | None) -> Array:
         changed = dataclasses.replace(part, weight=weight)
         made = linear_response(trial.posed, changed) + (0.0 if bias is None else bias)
-        return np.swapaxes(made.reshape(len(made), heads, -1), 0, 1)
+        split = np.swapaxes(made.reshape(len(made), heads if part is query else groups, -1), 0, 1)
+        return split if part is query else np.repeat(split, heads // groups, axis=0)
 
     dense = trial.dense[query.name]
     keys = rows(key, key.weight, None)
     before = rows(query, query.weight, query.uses[0].bias) @ np.swapaxes(keys, 1, 2)
     after = rows(query, dense.weight, dense.biases.get(query.uses[0].node)) @ np.swapaxes(keys, 1, 2)
-    centred = [scores - scores.mean(axis=2, keepdims=True) for scores in (before, after)]
-    return difference(centred[1], centred[0])
+    if not turned:  # a mean that is turned is another one at every position
+        before, after = (scores - scores.mean(axis=2, keepdims=True) for scores in (before, after))
+    if half == "scores":
+        return difference(after, before)
+    out = others[1]
+    told = trial.dense[out.name]
+    given, shift = linear_response(trial.posed, out), told.biases[out.uses[0].node]
+    made = linear_response(trial.posed, dataclasses.replace(out, weight=told.weight))
+    assert out.uses[0].bias is not None
+    lost = float(np.linalg.norm(given + out.uses[0].bias - made - shift) / np.linalg.norm(given))
+    return float(np.hypot(difference(after, before), lost))
 
 
 # --- embedding ---------------------------------------------------------------------------------------

@@ -56,11 +56,12 @@ def score_error(queries: Array, keys: Array, mixed_q: Array, mixed_k: Array) -> 
     return float(np.sqrt(max(error, 0.0) / total)) if total > 0 else 0.0
 
 
-def best_pairs(queries: Array, keys: Array) -> Array:
-    """The pairs (d / 2,) of columns (i, i + d / 2) that rotary positions turn together, by what the scores owe them.
+def best_pairs(queries: Array, keys: Array, interleaved: bool = False) -> Array:
+    """The pairs (d / 2,) of columns that rotary positions turn together, by what the scores owe them.
 
     Args:
         queries, keys: (H, d, d) moments; all heads turn the same pairs.
+        interleaved: Whether pair i is the columns (2 i, 2 i + 1), instead of (i, i + d / 2).
 
     Returns:
         Numbers of the pairs, the best first: by the sum over heads of ``E|q_i|² E|k_i|²``.
@@ -68,8 +69,8 @@ def best_pairs(queries: Array, keys: Array) -> Array:
     Source: MoDeGPT, ICLR 2025, arXiv:2408.09632, type II, by whole pairs.
     """
     heads, width, _ = queries.shape
-    energy = [np.diagonal(moment, axis1=1, axis2=2).reshape(heads, 2, width // 2).sum(axis=1)
-              for moment in (queries, keys)]  # fmt: skip
+    shape, axis = ((heads, width // 2, 2), 2) if interleaved else ((heads, 2, width // 2), 1)
+    energy = [np.diagonal(moment, axis1=1, axis2=2).reshape(shape).sum(axis=axis) for moment in (queries, keys)]
     return np.argsort(-(energy[0] * energy[1]).sum(axis=0), kind="stable")
 
 

@@ -8,7 +8,8 @@ no other place than these weights, the shapes that split and join the heads, and
 The weight is that of the query (K, H · d) or of the output (H · d, N).
 
 Attributes of a site:
-    half: ``scores`` or ``values``; ``matrix`` is what lies between them, without a layer (see ``_Look.matrix``).
+    half: ``scores`` or ``values``; ``whole`` where one node wants both at one width (see ``_Look.whole``);
+        ``matrix`` is what lies between them, without a layer (see ``_Look.matrix``).
     parts: The single sites, (query, key) or (value, output).
     heads: H, of the queries.
     groups: Heads of the keys, or of the values; each serves H / groups heads of the queries.
@@ -18,7 +19,8 @@ Attributes of a site:
     usual: Whether the scale is ``1 / sqrt(d)``, written down or understood.
     between: Tensors that stay and change their shape.
     region: Names of the tensors that go in, and of the one that comes out behind the last node that changes.
-    tables: Products with the cosines and sines of rotary positions: their columns are chosen, never mixed.
+    tables: Products with the cosines and sines of rotary positions, or the node that holds those: columns are chosen,
+        never mixed.
     caches: Inputs and outputs of the model that hold keys or values and change their width with the heads.
     refusal: Why the half has to stay as it is; empty if it need not.
 """
@@ -35,6 +37,16 @@ from onnx import NodeProto
 from lowrank_onnx.base import Site, Use
 from lowrank_onnx.model import Model, Scope
 from lowrank_onnx.shapes import Shapes, shape_of
+from lowrank_onnx.sites.attention_nodes import (
+    FUSED,
+    PAST_AT,
+    Turned,
+    fused_heads,
+    key_heads,
+    keys_seen,
+    not_taken,
+    turned_inside,
+)
 from lowrank_onnx.sites.shared_input import is_plain
 from lowrank_onnx.sites.weights import attribute, attribute_list
 from lowrank_onnx.sites.widths import Widths
@@ -42,7 +54,6 @@ from lowrank_onnx.sites.widths import Widths
 _PASSES_ON = frozenset(["Identity", "Cast", "Dropout"])
 # What may stand between the scores and the softmax: it never sees a head's width.
 _POINTWISE = _PASSES_ON | {"Add", "Sub", "Mul", "Div", "Where", "Max", "Min", "Clip"}
-_FUSED = frozenset(["Attention", "MultiHeadAttention", "GroupQueryAttention"])
 _SPLIT = (0, 2, 1, 3)  # (batch, position, head, width) -> (batch, head, position, width)
 _SPLIT_TURNED = (0, 2, 3, 1)
 _AS_USUAL = 1e-3
@@ -218,8 +229,14 @@ def _found(
                     elif look.is_attention(node, half):
                         notes.append(f"{half} of '{node.name}' are left alone: not understood at {look.stuck}")
             elif fused_heads(node) is not None:
-                sites += look.fused(node)
-            elif node.op_type in _FUSED:
+                found_here = look.whole(node) if node.op_type == "GroupQueryAttention" else look.fused(node)
+                sites += found_here
+                if not found_here:
+                    notes.append(
+                        f"heads of {node.op_type} '{node.name}' are left alone: the layers around it, or what "
+                        "becomes of its cache, are not understood"
+                    )
+            elif node.op_type in FUSED:
                 notes.append(f"heads of {node.op_type} '{node.name}' are left alone: {not_taken(node)}")
     return sites, notes
 
@@ -433,9 +450,9 @@ class _Look:
         caches = self.held_in(node)
         if caches is None:
             return []
-        shapes = [shape_of(self.shapes, self.scope, name) for name in node.input[:2]]
-        lengths = [shape[-2] for shape in shapes if shape is not None and len(shape) > 2]
-        scores = (shapes[0][0], heads, *lengths) if shapes[0] is not None and len(lengths) == 2 else None
+        asked = shape_of(self.shapes, self.scope, node.input[0])
+        keys = keys_seen(node, lambda name: shape_of(self.shapes, self.scope, name))
+        scores = None if asked is None or keys is None or len(asked) < 3 else (asked[0], heads, asked[-2], keys)
         found = []
         if query is not None and key is not None and query.site is not key.site and query.width == key.width:
             parts = (query.site, key.site)
@@ -478,19 +495,59 @@ class _Look:
         )
         return [*found, site]
 
+    def whole(self, node: NodeProto) -> list[Site]:
+        """Both halves around a node that wants queries, keys and values of one width; none if one is not understood."""
+        halves = self.fused(node)
+        if len(halves) != 2 or halves[0].attributes["width"] != halves[1].attributes["width"]:
+            return []
+        tables: tuple[Turned, ...] = ()
+        if attribute(node, "do_rotary", 0):
+            turned = turned_inside(node)
+            if self.columns(turned.cosines) != self.columns(turned.sines):
+                return []
+            if self.columns(turned.cosines) != halves[0].attributes["width"] // 2:  # the others stay as they are
+                return []
+            tables = (turned,)
+            halves[0] = replace(halves[0], attributes={**halves[0].attributes, "tables": tables})
+        scores, values = halves
+        parts = (*scores.attributes["parts"], *values.attributes["parts"])
+        caches = (*scores.attributes["caches"], *values.attributes["caches"])
+        return [
+            replace(
+                values,
+                name=f"{parts[0].name}~{parts[3].name}",
+                uses=(*scores.uses, *values.uses),
+                parameters=sum(part.parameters for part in parts),
+                freed=sum(part.freed for part in parts),
+                macs=None if scores.macs is None or values.macs is None else scores.macs + values.macs,
+                attributes={
+                    **values.attributes,
+                    "half": "whole",
+                    "halves": (scores, values),
+                    "parts": parts,
+                    "step": 16 if tables else 8,
+                    "between": (*scores.attributes["between"], *values.attributes["between"]),
+                    "region": (tuple({part.uses[0].input: None for part in parts[:3]}), parts[3].uses[0].output),
+                    "tables": tables,
+                    "caches": caches,
+                    "refusal": self.refusal(caches),
+                },
+                parts=tuple(part.name for part in parts),
+            )
+        ]
+
     def held_in(self, node: NodeProto) -> tuple[tuple[Cache, ...], tuple[Cache, ...]] | None:
         """The caches of keys and of values of a fused node; None where they are no input and output of the model."""
         found: list[tuple[Cache, ...]] = []
-        for slot, place in ((4, 1), (5, 2)):
-            past = node.input[slot] if node.op_type == "Attention" and slot < len(node.input) else ""
+        for slot, place in zip(PAST_AT[node.op_type], (1, 2), strict=True):
+            past = node.input[slot] if slot < len(node.input) else ""
             present = node.output[place] if place < len(node.output) else ""
-            if bool(past) != bool(present):
-                return None
             if past and (past not in self.inputs or not self.only(past, {node.name}) or present not in self.outputs):
                 return None
-            if present and any(entry.node.op_type != "Shape" for entry in self.scope.readers.get(present, ())):
+            if any(entry.node.op_type != "Shape" for entry in self.scope.readers.get(present, ()) if present):
                 return None
-            found.append((Cache(past, 3), Cache(present, 3)) if past else ())
+            names = [name for name in (past, present) if name in self.inputs or name in self.outputs]
+            found.append(tuple(Cache(name, 3) for name in names))
         return found[0], found[1]
 
     def source(self, name: str, heads: int) -> _Branch | None:
@@ -850,39 +907,6 @@ class _Look:
         return readers[0].node if alone else None
 
 
-def fused_heads(node: NodeProto) -> int | None:
-    """The number of heads of a node that holds a block but its layers; None for any other node.
-
-    Left alone: biases inside the node, key and value that come from outside, a past that MultiHeadAttention holds,
-    anything bent between scores and softmax.
-    """
-    standard = node.op_type == "Attention" and node.domain in ("", "ai.onnx")
-    if not standard and (node.op_type != "MultiHeadAttention" or node.domain != "com.microsoft"):
-        return None
-    heads = int(attribute(node, "q_num_heads" if standard else "num_heads", 0))
-    held = (6,) if standard else (3, 6, 7, 8, 9)  # past, and lengths of it; the biases of the layers
-    unknown = any(node.input[slot] for slot in held if slot < len(node.input))
-    unknown = unknown or any(node.output[3:] if standard else node.output[1:])
-    bent = attribute(node, "softcap", 0.0) != 0
-    fewer = heads < 1 or key_heads(node) < 1 or heads % key_heads(node)
-    return None if heads < 1 or unknown or bent or fewer or len(node.input) < 3 or not all(node.input[:3]) else heads
-
-
-def key_heads(node: NodeProto) -> int:
-    """Heads of the keys and values of a fused node."""
-    standard = node.op_type == "Attention"
-    return int(attribute(node, "kv_num_heads" if standard else "num_heads", 0))
-
-
-def not_taken(node: NodeProto) -> str:
-    """Why ``fused_heads`` does not take a node that holds attention."""
-    if node.op_type == "GroupQueryAttention":
-        return "its kernel wants keys and values of one width"
-    if node.op_type == "Attention" and node.domain:
-        return "its weights could not be taken out of the node"
-    return "inputs split into heads outside, a past, biases or a bent score are not followed into the node"
-
-
 def _work(parts: Sequence[Site], scores: Sequence[int] | None, width: int) -> int | None:
     """Multiply-accumulates of two layers and of the product that gives, or takes, scores of that shape."""
     macs = [site.macs for site in parts]
@@ -933,7 +957,7 @@ def _half(
     between: tuple[str, ...],
     region: tuple[tuple[str, ...], str],
     groups: int = 0,
-    tables: tuple[Table, ...] = (),
+    tables: tuple[Table | Turned, ...] = (),
     caches: tuple[Cache, ...] = (),
     refusal: str = "",
 ) -> Site:
