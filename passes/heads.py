@@ -23,7 +23,6 @@ from lowrank_onnx.decompositions.heads import best_pairs, block_diagonal, score_
 from lowrank_onnx.head_chains import narrowed, query_gain
 from lowrank_onnx.kept import Kept
 from lowrank_onnx.linalg import Array, regression, with_ridge
-from lowrank_onnx.sites.attention_nodes import Turned
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +121,7 @@ class Heads(Pass):
                 found.append(blocks.reshape(groups, -1, width, width).sum(axis=1))
         if turned:
             none = np.empty((groups, width, 0))
-            interleaved = any(isinstance(table, Turned) and table.interleaved for table in site.attributes["tables"])
+            interleaved = site.attributes["tables"][0].interleaved
             pairs = best_pairs(plain[0], plain[1], interleaved)
             return Scores(plain[0], plain[1], none, none, pairs, interleaved, moments is not None)
         mixed_q, mixed_k, _ = score_bases(*ridged)

@@ -104,6 +104,20 @@ def rotary(block: Block, x: Any) -> Any:
     return joined(block, scores.softmax(-1) @ value)
 
 
+def rotary_pairs(block: Block, x: Any) -> Any:
+    batch, length, _ = x.shape
+    angle = torch.arange(length).float()[:, None] * 1e4 ** (-torch.arange(0, SIZE, 2) / SIZE)
+    cos, sin = (torch.repeat_interleave(table[None, :, None], 2, 3) for table in (angle.cos(), angle.sin()))
+
+    def turned(part: Any) -> Any:
+        heads = part.view(batch, length, -1, SIZE)
+        return heads * cos + torch.stack((-heads[..., 1::2], heads[..., ::2]), -1).flatten(-2) * sin
+
+    query, key = turned(block.query(x)).permute(0, 2, 1, 3), turned(block.key(x)).permute(0, 2, 1, 3)
+    scores = query @ key.transpose(-1, -2) / SIZE**0.5 + torch.triu(torch.full((length, length), -1e9), 1)
+    return joined(block, scores.softmax(-1) @ split(block.value(x)))
+
+
 SPELLINGS: dict[str, tuple[Callable[..., Any], int]] = {
     "scaled_dot_product_attention": (plain, HEADS),
     "the same, causal": (causal, HEADS),
@@ -111,6 +125,7 @@ SPELLINGS: dict[str, tuple[Callable[..., Any], int]] = {
     "packed, rows of all samples, as GPT-2 does": (packed_rows, HEADS),
     "cross attention": (cross, HEADS),
     "rotary, grouped queries, as LLaMA does": (rotary, 2),
+    "rotary by pairs of neighbours, before heads come first, as GPT-J does": (rotary_pairs, HEADS),
 }
 
 

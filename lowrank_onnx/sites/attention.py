@@ -106,17 +106,19 @@ class Scale:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """A product with the cosines or sines of rotary positions, columns (i, i + d / 2) turned together.
+    """A product with the cosines or sines of rotary positions.
 
     Attributes:
         node, input, output: Its name, what is turned, and what comes out.
         table: The tensor with the cosines or sines, d columns.
+        interleaved: Whether columns (2 i, 2 i + 1) are turned together, instead of (i, i + d / 2).
     """
 
     node: str
     input: str
     output: str
     table: str
+    interleaved: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +147,24 @@ class _Branch:
     caches: tuple[Cache, ...] = ()
     computed: tuple[str, ...] = ()
     axes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Swap:
+    """What the sines are multiplied with: both columns of every pair in the other's place, one negated.
+
+    Attributes:
+        back, front: The Slices, of the columns that are negated and of the others.
+        nodes: Every node on the way, the last first.
+        interleaved: See Table.
+        resizes: How the shape follows the width where the pairs are put side by side again.
+    """
+
+    back: NodeProto
+    front: NodeProto
+    nodes: tuple[NodeProto, ...]
+    interleaved: bool
+    resizes: tuple[Resize, ...]
 
 
 @dataclass
@@ -291,7 +311,8 @@ class _Look:
             return None
         if query.heads != key.heads * key.shared or query.width != key.width or query.caches or query.shared > 1:
             return None
-        if not self.before_softmax(product.output[0]) or bool(query.tables) != bool(key.tables):
+        turned = [{table.interleaved for table in branch.tables} for branch in (query, key)]
+        if not self.before_softmax(product.output[0]) or turned[0] != turned[1]:
             return None
         behind = self.scales_behind(product.output[0])
         computed = bool(query.computed or key.computed)
@@ -670,52 +691,94 @@ class _Look:
         return () if stored is None else tuple(int(entry) for entry in stored.value.reshape(-1))
 
     def rotated(self, node: NodeProto, way: _Way) -> tuple[str, set[str]] | None:
-        """Read ``x * cos + concat(-x[half:], x[:half]) * sin``; where x comes from."""
+        """Read ``x * cos + swapped(x) * sin``; where x comes from."""
         products = [self.scope.producers.get(name) for name in node.input]
-        if way.tables or not way.straight or any(entry is None or entry.op_type != "Mul" for entry in products):
+        if way.tables or way.place(3) != 3 or any(entry is None or entry.op_type != "Mul" for entry in products):
             return None
         pairs = [entry for entry in products if entry is not None]
         for first, second in (pairs, reversed(pairs)):
             for place in (0, 1):
-                half = self.scope.producers.get(second.input[place])
-                if half is None or half.op_type != "Concat" or len(half.input) != 2:
+                swap = self.swapped(second.input[place])
+                if swap is None or swap.front.input[0] not in first.input:
                     continue
-                minus, front = (self.scope.producers.get(name) for name in half.input)
-                back = None if minus is None or minus.op_type != "Neg" else self.scope.producers.get(minus.input[0])
-                if minus is None or back is None or front is None or {back.op_type, front.op_type} != {"Slice"}:
-                    continue
-                x = back.input[0]
-                if front.input[0] != x or x not in first.input or int(attribute(half, "axis", 0)) % 4 != 3:
-                    continue
-                inner = [half.output[0], minus.output[0], back.output[0], front.output[0]]
-                alone = [second, half, minus, back, front, first]
-                if not all(self.only(entry.output[0], set()) for entry in alone):
+                x = swap.front.input[0]
+                if not all(self.only(entry.output[0], set()) for entry in (*swap.nodes, first, second)):
                     continue
                 way.axes[x] = (4, 3)
                 tables = (first.input[1 - list(first.input).index(x)], second.input[1 - place])
                 width = self.columns(tables[0])
-                if width is None or width != self.columns(tables[1]) or not self.halves(back, front, way, width):
+                if width is None or width != self.columns(tables[1]) or not self.halves(swap, way, width):
                     continue
                 way.tables = [
-                    Table(first.name, x, first.output[0], tables[0]),
-                    Table(second.name, half.output[0], second.output[0], tables[1]),
+                    Table(first.name, x, first.output[0], tables[0], swap.interleaved),
+                    Table(second.name, second.input[place], second.output[0], tables[1], swap.interleaved),
                 ]
-                way.between += [*inner, first.output[0], second.output[0]]
-                return x, {first.name, back.name, front.name}
+                way.resizes += swap.resizes
+                way.between += [entry.output[0] for entry in (*swap.nodes, first, second)]
+                return x, {first.name, swap.back.name, swap.front.name}
         return None
 
-    def halves(self, back: NodeProto, front: NodeProto, way: _Way, width: int) -> bool:
-        """Whether two Slices of the last axis are the second and the first half, whatever the width is."""
+    def swapped(self, name: str) -> _Swap | None:
+        """Read ``concat(-x[half:], x[:half])``, or of pairs ``stack(-x[1::2], x[::2])`` with the last axes joined."""
+        last = self.scope.producers.get(name)
+        interleaved = last is not None and last.op_type == "Reshape"
+        joined = self.scope.producers.get(last.input[0]) if interleaved and last is not None else last
+        if last is None or joined is None or joined.op_type != "Concat" or len(joined.input) != 2:
+            return None
+        rank = 5 if interleaved else 4
+        if int(attribute(joined, "axis", 0)) % rank != rank - 1:
+            return None
+        nodes, parts = [last, joined], [self.scope.producers.get(source) for source in joined.input]
+        if interleaved:
+            lifted = [part for part in parts if part is not None and self.is_lifted(part)]
+            nodes, parts = nodes + lifted, [self.scope.producers.get(part.input[0]) for part in lifted]
+        resizes = self.joined_pairs(last) if interleaved else ()
+        if len(parts) != 2 or parts[0] is None or parts[0].op_type != "Neg" or resizes is None:
+            return None
+        back, front = self.scope.producers.get(parts[0].input[0]), parts[1]
+        if (
+            back is None
+            or front is None
+            or {back.op_type, front.op_type} != {"Slice"}
+            or back.input[0] != front.input[0]
+        ):
+            return None
+        return _Swap(back, front, (*nodes, parts[0], back, front), interleaved, resizes)
+
+    def is_lifted(self, node: NodeProto) -> bool:
+        """Whether an Unsqueeze puts an axis of one behind the four there are."""
+        if node.op_type != "Unsqueeze":
+            return False
+        axes = attribute_list(node, "axes") if self.model.opset < 13 else self.numbers(node.input[1])
+        return axes in ((-1,), (4,))
+
+    def joined_pairs(self, node: NodeProto) -> tuple[Resize, ...] | None:
+        """How the Reshape follows the width that makes (..., d) of (..., d / 2, 2); None for any other."""
+        made = shape_of(self.shapes, self.scope, node.output[0])
+        pieces = self.pieces(node.input[1])
+        if made is None or len(made) != 4 or pieces is None:
+            return None
+        if shape_of(self.shapes, self.scope, node.input[0]) != (*made[:3], made[3] // 2, 2):
+            return None
+        return _resize(node, pieces, made[3], 1)
+
+    def halves(self, swap: _Swap, way: _Way, width: int) -> bool:
+        """Whether two Slices of the last axis take one half of the columns each, whatever the width is."""
         widths = Widths(self.model, self.scope, way.axes)
         for tried in (width, width - 2, 2 * width):
-            parts = [[widths.at(name, tried) for name in node.input[1:]] for node in (back, front)]
+            parts = [[widths.at(name, tried) for name in node.input[1:]] for node in (swap.back, swap.front)]
             if any(entry is None or len(entry) != 1 for part in parts for entry in part) or len(parts[0]) < 3:
                 return False
             (start, end, *axes), (first, stop, *same) = ([float(entry[0]) for entry in part if entry is not None]
                                                          for part in parts)  # fmt: skip
-            if axes[0] not in (3, -1) or same[0] not in (3, -1) or any(entry != 1 for entry in (*axes[1:], *same[1:])):
+            step = 2 if swap.interleaved else 1
+            if any(entry[0] not in (3, -1) or (entry[1:] or [1]) != [step] for entry in (axes, same)):
                 return False
-            if (start, first, stop) != (tried // 2, 0, tried // 2) or end < tried:
+            if swap.interleaved:
+                known = (start, first) == (1, 0) and stop >= tried - 1
+            else:
+                known = (start, first, stop) == (tried // 2, 0, tried // 2)
+            if not known or end < tried:
                 return False
         return True
 
