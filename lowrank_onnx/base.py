@@ -24,6 +24,7 @@ KINDS = (
     "feedforward",
     "tied",
     "shared_input",
+    "shared_layers",
 )
 
 

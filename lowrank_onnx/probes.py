@@ -168,11 +168,13 @@ def _parts(site: Site) -> tuple[Site, ...]:
         return (site.attributes["parts"][0], site.attributes["parts"][3])
     if site.kind == "attention":  # what one layer of either half can tell of both; see Heads.dense_equivalent
         return (site.attributes["parts"][0 if site.attributes["half"] == "scores" else 1],)
-    return tuple(site.attributes["parts"]) if site.kind in ("shared_input", "tied") else (site,)
+    return tuple(site.attributes["parts"]) if site.kind in ("shared_input", "shared_layers", "tied") else (site,)
 
 
 def _front(site: Site) -> tuple[Site, ...]:
     """The parts whose inputs do not depend on the site itself: of a tied table the lookup, not the head."""
+    if site.kind == "shared_layers":
+        return tuple(part for part in _parts(site) if part.uses[0].input == site.uses[0].input)
     return _parts(site)[:1] if site.kind == "tied" or site.attributes.get("half") == "whole" else _parts(site)
 
 

@@ -103,7 +103,7 @@ def unobserved(site: Site) -> str | None:
         return None
     if site.kind == "tied":
         return next(filter(None, map(unobserved, site.attributes["parts"])), None)
-    if site.kind not in ("linear", "shared_input", "feedforward", "attention"):
+    if site.kind not in ("linear", "shared_input", "shared_layers", "feedforward", "attention"):
         return f"inputs of kind {site.kind} are not looked at"
     if site.weight.ndim != 2:
         return "a stack of matrices"

@@ -21,6 +21,7 @@ from lowrank_onnx.passes.recurrent_input import RecurrentInput
 from lowrank_onnx.passes.recurrent_stored import RecurrentStored
 from lowrank_onnx.passes.recurrent_units import RecurrentUnits
 from lowrank_onnx.passes.shared_input import SharedInput
+from lowrank_onnx.passes.shared_layers import SharedLayers
 from lowrank_onnx.passes.spatial import Spatial
 from lowrank_onnx.passes.svd import SVD
 from lowrank_onnx.passes.tensor_train import TensorTrain
@@ -32,6 +33,7 @@ PASSES: tuple[type[Pass], ...] = (
     SVD,
     Logits,
     SharedInput,
+    SharedLayers,
     Feedforward,
     Heads,
     WholeHeads,

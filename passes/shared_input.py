@@ -64,15 +64,15 @@ class SharedInput(Pass):
 
     def analyse(self, site: Site, moments: Mapping[str, Moments] | None) -> Joint:
         """See Pass.analyse."""
-        weight = site.weight.astype(np.float64)
+        weight, parts = site.weight.astype(np.float64), site.attributes["parts"]
         if moments is None:
-            scale = _scales(site, np.einsum("kn,kn->n", weight, weight))
+            scale = output_scales(parts, np.einsum("kn,kn->n", weight, weight))
             return Joint(plain(weight * scale), scale, None)
         entry = moments[site.uses[0].input]
         centred = not any(use.dynamic_bias for use in site.uses)
         delivered = entry.mean if centred else np.zeros_like(entry.mean)
         gram = entry.gram - np.outer(delivered, delivered)
-        scale = _scales(site, np.einsum("kn,kn->n", weight, gram @ weight))
+        scale = output_scales(parts, np.einsum("kn,kn->n", weight, gram @ weight))
         if entry.target_cross is None:
             basis = data_aware(weight * scale, gram, self.ridge)
             return Joint(basis, scale, (entry.mean, entry.mean @ weight) if centred else None)
@@ -120,21 +120,13 @@ class SharedInput(Pass):
         factors = {"first": store(first, site), "second": store(second, site)}
         if analysis.means is not None:
             delivered, wanted = analysis.means
-            factors["bias"] = store(_bias(site) + wanted - (delivered @ first) @ second, site)
+            factors["bias"] = store(bias_of(site.attributes["parts"]) + wanted - (delivered @ first) @ second, site)
         return factors
 
     def emit(self, site: Site, candidate: Candidate, factors: Factors) -> Sequence[Replacement]:
         """See Pass.emit."""
-        shared = gs.Variable(f"{site.name}/shared")
-        first = gs.Constant(f"{site.name}/first", factors["first"])
-        node = gs.Node("MatMul", f"{site.name}/factor0", {}, [gs.Variable(site.uses[0].input), first], [shared])
-        replacements: list[Replacement] = []
-        for part, place in zip(site.attributes["parts"], _places(site), strict=True):
-            use = dataclasses.replace(part.uses[0], input=shared.name)
-            bias = factors["bias"][place] if "bias" in factors else None
-            made = linear_chain(part, use, [(f"{part.name}/second", factors["second"][:, place])], bias)
-            replacements.append(dataclasses.replace(made, nodes=(*((node,) if not replacements else ()), *made.nodes)))
-        return replacements
+        first = (f"{site.name}/first", factors["first"])
+        return behind_one_factor(site.attributes["parts"], site.name, first, factors["second"], factors.get("bias"))
 
     def targets(self, site: Site) -> tuple[Site, ...]:
         """See Pass.targets."""
@@ -164,31 +156,51 @@ class SharedInput(Pass):
         product, bias = self.effective(site, candidate, factors)
         return {
             part.name: Dense(product[:, place], {} if bias is None else {part.uses[0].node: bias[place]})
-            for part, place in zip(site.attributes["parts"], _places(site), strict=True)
+            for part, place in zip(site.attributes["parts"], places_of(site.attributes["parts"]), strict=True)
         }
 
 
-def _places(site: Site) -> list[slice]:
+def behind_one_factor(
+    parts: Sequence[Site], stem: str, first: tuple[str, Array], second: Array, bias: Array | None
+) -> list[Replacement]:
+    """Replace layers that read one tensor by one product with a common factor, and one product each.
+
+    Args:
+        parts: The layers.
+        stem: What the names of the new nodes begin with.
+        first: Name and value (K, r) of the common factor; whoever else names it stores it together with this.
+        second: (r, N) of all layers side by side.
+        bias: (N,) whole biases; None keeps what there is.
+    """
+    shared = gs.Variable(f"{stem}/shared")
+    inputs = [gs.Variable(parts[0].uses[0].input), gs.Constant(*first)]
+    node = gs.Node("MatMul", f"{stem}/factor0", {}, inputs, [shared])
+    replacements: list[Replacement] = []
+    for part, place in zip(parts, places_of(parts), strict=True):
+        use = dataclasses.replace(part.uses[0], input=shared.name)
+        chain = [(f"{part.name}/second", second[:, place])]
+        made = linear_chain(part, use, chain, None if bias is None else bias[place])
+        replacements.append(dataclasses.replace(made, nodes=(*((node,) if not replacements else ()), *made.nodes)))
+    return replacements
+
+
+def places_of(parts: Sequence[Site]) -> list[slice]:
     """Where the outputs of each part lie in the joint weight."""
-    widths = [part.weight.shape[1] for part in site.attributes["parts"]]
+    widths = [part.weight.shape[1] for part in parts]
     ends = np.cumsum(widths)
     return [slice(int(end) - width, int(end)) for end, width in zip(ends, widths, strict=True)]
 
 
-def _scales(site: Site, energy: Array) -> Array:
+def output_scales(parts: Sequence[Site], energy: Array) -> Array:
     """(N,) one over the root of the mean output variance of the part each output belongs to."""
-    scale = np.ones(site.weight.shape[1])
-    for place in _places(site):
+    scale = np.ones(len(energy))
+    for place in places_of(parts):
         mean = float(energy[place].mean())
         scale[place] = 1 / np.sqrt(mean) if mean > 0 else 1.0
     return scale
 
 
-def _bias(site: Site) -> Array:
-    parts = site.attributes["parts"]
-    return np.concatenate(
-        [
-            np.zeros(part.weight.shape[1]) if part.uses[0].bias is None else part.uses[0].bias.astype(np.float64)
-            for part in parts
-        ]
-    )
+def bias_of(parts: Sequence[Site]) -> Array:
+    """(N,) stored biases side by side, zero where there is none."""
+    given = [(part.uses[0].bias, part.weight.shape[1]) for part in parts]
+    return np.concatenate([np.zeros(width) if bias is None else bias.astype(np.float64) for bias, width in given])

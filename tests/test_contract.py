@@ -240,7 +240,34 @@ def shared_input_error(posed: Problem, site: Site, lost: Mapping[str, float]) ->
     for part in site.attributes["parts"]:
         response = linear_response(posed, part)
         total += lost[part.name] / float(np.sum((response - response.mean(axis=0)) ** 2)) * part.weight.shape[1]
-    return float(np.sqrt(total / site.weight.shape[1]))
+    return float(np.sqrt(total / site.shape[1]))
+
+
+# --- shared layers -----------------------------------------------------------------------------------
+
+
+def shared_layers_cases() -> dict[str, Case]:
+    """Two neighbours that one factor serves: single layers, or queries and keys; the second data do not depend on it.
+
+    What the first layer loses would otherwise count as lost by the second as well.
+    """
+    rng = np.random.default_rng(0)
+    constants = {"a": falling(16, 20), "b": falling(16, 20, seed=1), "c": falling(16, 12, seed=2)}
+    constants |= {"d": falling(16, 12, seed=3), "f": rng.standard_normal(20).astype(np.float32)}
+    constants |= {"g": rng.standard_normal(20).astype(np.float32), "first": np.array([0]), "last": np.array([16])}
+    constants |= {"axis": np.array([2])}
+    tokens = {"x": correlated((12, 7, 16)), "z": correlated((12, 7, 16), seed=5)}
+    head = "g (float[n,s,16] x, float[n,s,16] z) => (float[n,s,20] y, float[n,s,20] u"
+    on = "h = Slice(yb, first, last, axis)  i = Sub(h, h)  k = Add(z, i)"
+    single = f"{head}) {{ y = MatMul(x, a)  yb = Add(y, f)  {on}  u = MatMul(k, b) }}"
+    pair = f"""{head}, float[n,s,12] v, float[n,s,12] w) {{ y = MatMul(x, a)  v = MatMul(x, c)  yb = Add(y, f)  {on}
+        um = MatMul(k, b)  u = Add(um, g)  w = MatMul(k, d) }}"""
+
+    def made(text: str) -> ModelProto:
+        return build(text, {name: value for name, value in constants.items() if f" {name})" in text
+                            or f" {name}," in text})  # fmt: skip
+
+    return {"single": Case(made(single), tokens), "pairs": Case(made(pair), tokens)}
 
 
 # --- feedforward -------------------------------------------------------------------------------------
@@ -741,6 +768,7 @@ KINDS = {
         },
     ),
     "shared_input": Kind(cases=shared_input_cases(), put_dense=put_dense_linear, error=shared_input_error),
+    "shared_layers": Kind(cases=shared_layers_cases(), put_dense=put_dense_linear, error=shared_input_error),
     "feedforward": Kind(cases=feedforward_cases(), put_dense=put_dense_linear, error=feedforward_error),
     "attention": Kind(
         cases=attention_cases(), put_dense=put_dense_linear, error=attention_error, error_of=score_error_of
@@ -945,7 +973,7 @@ def test_output_error_proposed_is_the_one_measured(technique: type[Pass], kind: 
 
 @each_case
 def test_data_make_the_output_no_worse_than_the_weight_alone(technique: type[Pass], kind: str, case: Case) -> None:
-    if kind == "shared_input":
+    if kind in ("shared_input", "shared_layers"):
         pytest.skip("outputs of several layers have no one error")
     # One row of a table alone may well be worse for the sake of those that are read more often.
     scalar = kind == "embedding" and not case.proto.graph.input[0].type.tensor_type.shape.dim

@@ -5,7 +5,17 @@ from __future__ import annotations
 from lowrank_onnx.base import Site
 from lowrank_onnx.model import Model
 from lowrank_onnx.shapes import Shapes
-from lowrank_onnx.sites import attention, convolution, embedding, feedforward, linear, recurrent, shared_input, tied
+from lowrank_onnx.sites import (
+    attention,
+    convolution,
+    embedding,
+    feedforward,
+    linear,
+    recurrent,
+    shared_input,
+    shared_layers,
+    tied,
+)
 
 _FINDERS = (linear.find, convolution.find, embedding.find, recurrent.find)
 
@@ -21,7 +31,9 @@ def find_sites(model: Model, shapes: Shapes, allow_io_change: bool = False, matr
     order = {node.name: place for place, node in enumerate(n for scope in model.scopes for n in scope.graph.node)}
     found = [site for finder in _FINDERS for site in finder(model, shapes)]
     found.sort(key=lambda site: order[site.uses[0].node])
-    found += shared_input.find(found) + feedforward.find(model, found)
+    singles = list(found)
+    found += shared_input.find(singles) + feedforward.find(model, singles)
+    found += shared_layers.find(model, found)
     found += attention.find(model, shapes, [site for site in found if not site.parts], allow_io_change)
     found += attention.find_matrices(model, shapes) if matrices else []
     found += tied.find(model, [site for site in found if not site.parts])
