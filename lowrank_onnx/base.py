@@ -281,7 +281,7 @@ class Pass(ABC):
 
     @abstractmethod
     def targets(self, site: Site) -> tuple[Site, ...]:
-        """The linear sites whose outputs a refit aims at; they read one tensor. Empty: no refit."""
+        """The linear sites whose outputs a refit aims at; they read one tensor. Empty: no refit but of ``stages``."""
 
     @abstractmethod
     def refit(self, site: Site, candidate: Candidate, factors: Factors, moments: Moments, ridge: float) -> Factors:
@@ -297,8 +297,12 @@ class Pass(ABC):
         """The layers ahead of the targets that stay dense, as they are in the rewritten graph; refitted as well."""
         return ()
 
+    def stages(self, site: Site, analysis: Any) -> tuple[tuple[Site, Any], ...]:
+        """Sites with their analyses to refit one after another instead, where layers read different tensors."""
+        return ()
+
     def with_kept(self, site: Site, factors: Factors, layer: str, fitted: Factors) -> Factors:
-        """The factors with a new ``weight`` and ``bias:<node>`` for one of ``kept_layers``."""
+        """The factors with a new ``weight`` and ``bias:<node>`` for one of ``kept_layers``, or those of a stage."""
         raise NotImplementedError(f"{self.name} keeps no layer")
 
     def components(self, site: Site, factors: Factors) -> Array | None:

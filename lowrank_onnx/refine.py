@@ -129,6 +129,7 @@ def refine(
     made = dict(factors)
     notes: dict[str, str] = {}
     fresh = list(choices)
+    staged: dict[int, list[float]] = {}  # what the stages of a choice lose
     tasks = [task for place in places for task in _tasks(problem.model, place, choices[place], factors)]
     done = 0
     for group in levels(dense, [(number, _targets(task.choice)) for number, task in enumerate(tasks)]):
@@ -151,7 +152,10 @@ def refine(
             fitted, choice, note = _refit(task.choice, now, train_sums, held_sums, plain_sums)
             if not task.layer:
                 made[site.name], fresh[task.place], notes[site.name] = fitted, choice, note
-            elif note.startswith(REFITTED):
+            elif task.staged:
+                staged.setdefault(task.place, []).append(choice.candidate.error)
+            if task.layer and note.startswith(REFITTED):
+                notes.setdefault(site.name, note)
                 made[site.name] = choices[task.place].proposal.technique.with_kept(
                     site, made[site.name], task.layer, fitted
                 )
@@ -159,6 +163,11 @@ def refine(
             done += 1
             if progress is not None:
                 progress("refine", done, len(tasks))
+    for place, errors in staged.items():
+        candidate = dataclasses.replace(
+            choices[place].candidate, output_error=float(np.sqrt(np.mean(np.square(errors))))
+        )
+        fresh[place] = Choice(choices[place].proposal, candidate)
     if not _helped(dense, small, start, masks, seen):
         told = dict.fromkeys(notes, "refitting did not help on held-out samples")
         return dataclasses.replace(unchanged, notes=told)
@@ -173,19 +182,23 @@ class _Task:
     Attributes:
         place: Of the choice it belongs to.
         choice: That choice; or, for a layer it keeps dense, a stand-in with that layer as its site.
-        layer: Name of the layer kept dense; empty for the choice itself.
+        layer: Name of the layer kept dense, or of the stage; empty for the choice itself.
         skip: The tensor that is added right behind; empty where there is none.
+        staged: Whether it is one stage of the choice.
     """
 
     place: int
     choice: Choice
     layer: str
     skip: str
+    staged: bool = False
 
 
 def _tasks(model: Model, place: int, choice: Choice, factors: Mapping[str, Factors]) -> list[_Task]:
-    """What to refit of one choice: the layers it keeps dense, then its targets."""
+    """What to refit of one choice: the layers it keeps dense, then its targets; or its stages."""
     site, technique = choice.proposal.site, choice.proposal.technique
+    if stages := _stages(choice):
+        return [_Task(place, stage, stage.proposal.site.name, _residual(model, stage), True) for stage in stages]
     layers = technique.kept_layers(site, factors[site.name])
     tasks = [_Task(place, _as_choice(layer), layer.name, "") for layer in layers]
     return [*tasks, _Task(place, choice, "", _residual(model, choice))]
@@ -201,7 +214,7 @@ def _behind(model: Model, choices: Sequence[Choice], kept: Sequence[Site], sampl
     """The sites without a choice that get other inputs once the choices are carried out."""
     technique = Kept()
     main: Scope = model.scopes[0]
-    changed = {use.output for choice in choices for part in _targets(choice) for use in part.uses}
+    changed = {use.output for choice in choices for part in _all_targets(choice) for use in part.uses}
     for node in main.graph.node:  # in order
         if changed.intersection(reads(node)):
             changed.update(node.output)
@@ -223,12 +236,24 @@ def _fewest(choices: Sequence[Choice]) -> int:
 
 def _is_refittable(choice: Choice) -> bool:
     site = choice.proposal.site
-    return bool(_targets(choice)) and all(not use.scope for use in site.uses)
+    return bool(_all_targets(choice)) and all(not use.scope for use in site.uses)
 
 
 def _targets(choice: Choice) -> tuple[Site, ...]:
     """The layers a refit aims at, each as the matrix that rows meet."""
     return tuple(as_linear(site) for site in choice.proposal.technique.targets(choice.proposal.site))
+
+
+def _all_targets(choice: Choice) -> tuple[Site, ...]:
+    """The layers that any refit of a choice aims at."""
+    return tuple(part for stage in _stages(choice) or [choice] for part in _targets(stage))
+
+
+def _stages(choice: Choice) -> list[Choice]:
+    """Stand-ins for a choice that is refitted bit by bit; none for any other."""
+    entry, candidate = choice.proposal, choice.candidate
+    stages = entry.technique.stages(entry.site, entry.analysis)
+    return [Choice(Proposal(site, entry.technique, analysis, (candidate,)), candidate) for site, analysis in stages]
 
 
 def _split(problem: Problem, choices: Sequence[Choice], samples: int, copies: int) -> tuple[list[int], list[int]]:
@@ -238,7 +263,9 @@ def _split(problem: Problem, choices: Sequence[Choice], samples: int, copies: in
         samples: How many real ones there are.
         copies: How often they stand in the data; what was made of a sample stands ``samples`` behind it.
     """
-    widest = max(4 * int(np.prod(part.uses[0].input_shape or (1,))) for choice in choices for part in _targets(choice))
+    widest = max(
+        4 * int(np.prod(part.uses[0].input_shape or (1,))) for choice in choices for part in _all_targets(choice)
+    )
     count = int(np.clip(_LIVE_BYTES // (2 * widest * copies), min(_FEWEST, samples), samples))
     picked = np.random.default_rng(problem.seed).permutation(samples)[:count]
     held = max(int(HELD_OUT * count), 1)

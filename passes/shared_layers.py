@@ -7,6 +7,7 @@ A layer here is a unit of ``sites.shared_layers``: query, key and value count as
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import numpy as np
 from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish, Replacement, Site
 from lowrank_onnx.chains import store
 from lowrank_onnx.decompositions.shared_basis import SharedBasis, shared_basis
-from lowrank_onnx.linalg import Array
+from lowrank_onnx.linalg import Array, regression
 from lowrank_onnx.passes.shared_input import behind_one_factor, bias_of, output_scales, places_of
 from lowrank_onnx.passes.svd import grid_step
 from lowrank_onnx.sites.shared_layers import parts_of
@@ -32,6 +33,13 @@ class Common:
     scales: tuple[Array, ...]
     means: tuple[Array | None, ...]
     seen: bool
+
+    def of(self, place: int) -> Common:
+        """What concerns one unit."""
+        basis = SharedBasis(
+            self.basis.directions, (self.basis.roots[place],), (self.basis.rows[place],), (self.basis.errors[place],)
+        )
+        return Common(basis, (self.scales[place],), (self.means[place],), self.seen)
 
 
 @dataclass(frozen=True)
@@ -136,16 +144,37 @@ class SharedLayers(Pass):
         ]
 
     def targets(self, site: Site) -> tuple[Site, ...]:
-        """See Pass.targets; the layers read different tensors, and none may change A."""
-        return ()
+        """See Pass.targets; several units read different tensors, and are refitted one after another."""
+        units = site.attributes["units"]
+        return parts_of(units[0]) if len(units) == 1 else ()
+
+    def stages(self, site: Site, analysis: Common) -> tuple[tuple[Site, Common], ...]:
+        """See Pass.stages; one for every unit, none of which changes A."""
+        units = site.attributes["units"]
+        return tuple((_alone(unit), analysis.of(place)) for place, unit in enumerate(units)) if len(units) > 1 else ()
+
+    def with_kept(self, site: Site, factors: Factors, layer: str, fitted: Factors) -> Factors:
+        """See Pass.with_kept."""
+        place = [unit.name for unit in site.attributes["units"]].index(layer)
+        return {**factors, **{f"{name[:-1]}{place}": value for name, value in fitted.items() if name != "first"}}
 
     def refit(self, site: Site, candidate: Candidate, factors: Factors, moments: Moments, ridge: float) -> Factors:
-        """See Pass.refit."""
-        return factors
+        """See Pass.refit; of one unit."""
+        assert moments.target_cross is not None and moments.target_mean is not None
+        first, centred = factors["first"].astype(np.float64), "bias0" in factors
+        delivered, wanted = moments.mean, moments.target_mean
+        if not centred:
+            delivered, wanted = np.zeros_like(delivered), np.zeros_like(wanted)
+        gram = first.T @ (moments.gram - np.outer(delivered, delivered)) @ first
+        cross = first.T @ (moments.target_cross - np.outer(delivered, wanted))
+        second = regression(gram, cross, factors["second0"].astype(np.float64), ridge)
+        bias = bias_of(self.targets(site)) + wanted - (delivered @ first) @ second
+        return {**factors, "second0": store(second, site), **({"bias0": store(bias, site)} if centred else {})}
 
     def effective(self, site: Site, candidate: Candidate, factors: Factors) -> tuple[Array, Array | None]:
-        """See Pass.effective."""
-        raise NotImplementedError("the layers read different tensors")
+        """See Pass.effective; of one unit."""
+        product = factors["first"].astype(np.float64) @ factors["second0"].astype(np.float64)
+        return product, factors.get("bias0")
 
     def spell_rank(self, site: Site, analysis: Common, wish: RankWish) -> tuple[int, ...] | str:
         """See Pass.spell_rank."""
@@ -166,6 +195,12 @@ class SharedLayers(Pass):
                 biases = {} if bias is None else {part.uses[0].node: bias[columns]}
                 made[part.name] = Dense(product[:, columns], biases)
         return made
+
+
+def _alone(unit: Site) -> Site:
+    """A unit as a site of the same kind."""
+    attributes = {"units": (unit,), "parts": parts_of(unit)}
+    return dataclasses.replace(unit, kind="shared_layers", attributes=attributes, parts=unit.covers)
 
 
 def _sizes(site: Site) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -15,7 +16,7 @@ from lowrank_onnx.decompositions.shared_basis import shared_basis
 from lowrank_onnx.decompositions.svd import data_aware
 from lowrank_onnx.linalg import with_ridge
 from lowrank_onnx.passes.shared_layers import SharedLayers
-from tests.builders import Array, answers, build, correlated, difference, factorized, falling, problem
+from tests.builders import Array, answers, build, correlated, difference, factorized, falling, moments, problem
 
 WIDTH, BLOCKS, RANK = 24, 5, 6
 
@@ -122,3 +123,41 @@ def test_from_end_to_end() -> None:
     applied = lowrank_onnx.apply(stack(), again, calibrate=data(), threads=1)
     assert applied.model.SerializeToString(deterministic=True) == made.model.SerializeToString(deterministic=True)
     assert difference(answers(made.model, data())["y"], answers(stack(), data())["y"]) < 0.5
+
+
+def test_a_refit_to_what_was_delivered_before_changes_nothing_much() -> None:
+    """Nor does it touch the common factor."""
+    posed = problem(stack(), data())
+    site, technique = next(site for site in posed.sites if site.kind == "shared_layers"), SharedLayers()
+    seen = moments(posed)[site.name]
+    analysis = technique.analyse(site, seen)
+    candidate = technique.candidate(site, analysis, (RANK,))
+    factors = technique.factorize(site, analysis, candidate)
+    fitted = factors
+    for unit, (stage, told) in zip(site.attributes["units"], technique.stages(site, analysis), strict=True):
+        entry = seen[unit.uses[0].input]
+        weight = unit.weight.astype(np.float64)
+        delivered = dataclasses.replace(
+            entry, target_cross=entry.gram @ weight, target_mean=entry.mean @ weight, target_energy=1.0
+        )
+        alone = technique.factorize(stage, told, candidate)
+        again = technique.refit(stage, candidate, alone, delivered, 0.0)
+        fitted = technique.with_kept(site, fitted, unit.name, again)
+    assert fitted.keys() == factors.keys() and fitted["first"] is factors["first"]
+    wanted, got = (technique.dense_equivalent(site, candidate, entry) for entry in (factors, fitted))
+    for name, entry in wanted.items():
+        assert difference(got[name].weight, entry.weight) < 0.05  # the ridge of the first fit
+        assert all(difference(got[name].biases[node], bias) < 0.05 for node, bias in entry.biases.items())
+
+
+def test_refits_reach_every_layer() -> None:
+    """What a rank too low loses in front, the layers behind it are fitted to."""
+    options: dict[str, Any] = {"calibrate": data(), "threads": 1, "cache": False, "technique": ["shared_layers"]}
+    plain, fitted = (
+        lowrank_onnx.compress(stack(), keep_params=0.4, refine=refine, **options) for refine in (False, True)
+    )
+    wanted = answers(stack(), data())["y"]
+    lost = [difference(answers(made.model, data())["y"], wanted) for made in (plain, fitted)]
+    assert lost[1] < 0.9 * lost[0]
+    told = [row for row in fitted.plan["sites"] if row.get("technique") == "shared_layers"]
+    assert told and all(0 < row["output_error"] < 1 for row in told)
