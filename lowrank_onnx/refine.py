@@ -154,8 +154,9 @@ def refine(
                 made[site.name], fresh[task.place], notes[site.name] = fitted, choice, note
             elif task.staged:
                 staged.setdefault(task.place, []).append(choice.candidate.error)
+                if not notes.get(site.name, "").startswith(REFITTED):
+                    notes[site.name] = note
             if task.layer and note.startswith(REFITTED):
-                notes.setdefault(site.name, note)
                 made[site.name] = choices[task.place].proposal.technique.with_kept(
                     site, made[site.name], task.layer, fitted
                 )

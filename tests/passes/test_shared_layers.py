@@ -159,5 +159,8 @@ def test_refits_reach_every_layer() -> None:
     wanted = answers(stack(), data())["y"]
     lost = [difference(answers(made.model, data())["y"], wanted) for made in (plain, fitted)]
     assert lost[1] < 0.9 * lost[0]
+    stored = [{tensor.name: tensor.raw_data for tensor in made.model.graph.initializer} for made in (plain, fitted)]
+    behind = [f"{name}/second" for name in pairs(stack())[-1].covers]
+    assert len(behind) == 2 and all(stored[0][name] != stored[1][name] for name in behind)
     told = [row for row in fitted.plan["sites"] if row.get("technique") == "shared_layers"]
     assert told and all(0 < row["output_error"] < 1 for row in told)
