@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from lowrank_onnx.errors import LowRankError, ModelError
-from lowrank_onnx.levels import LEVEL_INPUT, level_count
+from lowrank_onnx.level_files import level_openers
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.model import load
-from lowrank_onnx.runtime import Runtime, open_session
+from lowrank_onnx.runtime import Runtime
 
 _KEPT_DECISIONS = 1000
 
@@ -131,7 +131,8 @@ class AdaptiveSession:
     what the machine gives.
 
     Args:
-        path: A file with several levels, written by ``compress --levels``.
+        path: What ``compress --levels`` wrote: the file with several levels, or that of the highest one, beside
+            which the others lie. All levels are opened.
         latency_ms: Wished latency of one request.
         percentile, window, patience, headroom: See ``Governor``.
         provider, threads: Where it runs; see ``compress``.
@@ -139,6 +140,7 @@ class AdaptiveSession:
 
     Attributes:
         levels: How many levels the file has; ``levels - 1`` is the most exact.
+        sessions: What answers at each level, the smallest first.
 
     Raises:
         ModelError: The file cannot be opened, or has no levels.
@@ -157,14 +159,11 @@ class AdaptiveSession:
         threads: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        model = load(path)
-        levels = level_count(model.proto)
-        if levels is None:
-            raise ModelError(
-                f"'{path}' has no input '{LEVEL_INPUT}': it has one level; make one with compress --levels"
-            )
-        self.levels = levels
-        self.session = open_session(model.proto, Runtime(provider, threads), model.folder, what=f"model '{path}'")
+        openers = level_openers(load(path), Runtime(provider, threads))
+        self.sessions: tuple[Any, ...] = tuple(open_level() for open_level in openers)
+        if not self.sessions:
+            raise ModelError(f"'{path}' has one level; make a file with several with compress --levels")
+        self.levels = levels = len(self.sessions)
         self._governor = Governor(levels, latency_ms, percentile, window, patience, headroom)
         self._clock, self._lock = clock, threading.Lock()
         self._served = [0] * levels
@@ -190,9 +189,9 @@ class AdaptiveSession:
     def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Array], run_options: Any = None) -> Any:
         """Answer one request at the present level; as ``InferenceSession.run``."""
         level = self._governor.level
-        feeds = {**input_feed, LEVEL_INPUT: np.array(level, np.int64)}
+        session = self.sessions[level]
         begin = self._clock()
-        answer = self.session.run(output_names, feeds, run_options)
+        answer = session.run(output_names, input_feed, run_options)
         took = 1000 * (self._clock() - begin)
         with self._lock:
             self._served[level] += 1
@@ -205,8 +204,8 @@ class AdaptiveSession:
 
     def get_inputs(self) -> list[Any]:
         """The inputs a caller has to feed; the level is none of them."""
-        return list(self.session.get_inputs())
+        return list(self.sessions[-1].get_inputs())
 
     def get_outputs(self) -> list[Any]:
         """The outputs of the session."""
-        return list(self.session.get_outputs())
+        return list(self.sessions[-1].get_outputs())

@@ -18,7 +18,9 @@ from rich.table import Table
 
 from lowrank_onnx import pipeline
 from lowrank_onnx.errors import LowRankError, TargetError
-from lowrank_onnx.model import check_output, external_files, load, save
+from lowrank_onnx.level_files import check_level_outputs, level_paths
+from lowrank_onnx.model import check_output, external_files, load
+from lowrank_onnx.multilevel import FORMS
 from lowrank_onnx.report import (
     render_inspection,
     render_terminal,
@@ -116,7 +118,15 @@ _agreement = click.option(
     "A of all keep their best class.",
 )
 _levels = _options(
-    click.option("--levels", metavar="F,F,...", help="Several shares to keep in one file, chosen at run time."),
+    click.option("--levels", metavar="F,F,...", help="Several shares to keep, chosen at run time."),
+    click.option(
+        "--levels-as",
+        type=click.Choice(FORMS),
+        default=FORMS[0],
+        show_default=True,
+        help="One file that the input rank_level switches; or OUT for the highest level, a file beside it for each "
+        "smaller one, and one file of weights for all.",
+    ),
     click.option("--by", type=click.Choice(["macs", "params", "size"]), default="macs", help="What --levels share."),
 )
 _uncertainty = _options(
@@ -252,6 +262,8 @@ def compress(
     if levels is not None:
         options["levels"] = _shares("--levels", levels)
     target = check_output(out, load(model), overwrite)
+    if levels is not None and options["levels_as"] == "files":
+        check_level_outputs(target, load(model), len(options["levels"]), overwrite)
     _check_reports(overwrite, ("--report", report), ("--json", json_file), ("--uncertainty", posteriors), out=target)
     with _progress() as progress:
         result = pipeline.compress(model, progress=progress, **options)
@@ -519,10 +531,11 @@ def _fail(message: str, status: int) -> NoReturn:
 def _finish(result: pipeline.Result, out: Path, report: Path | None, json_file: Path | None) -> None:
     with _together(report, json_file):
         _write(result.report, report, json_file)
-        save(result.model, out, result.source.folder)
+        result.save(out, overwrite=True)  # whether it may be replaced was asked before the work
     render_terminal(result.report, _console())
     _tell_levels(result.report)
-    click.echo(f"wrote {out}")
+    for path in reversed(level_paths(out, len(result.levels) + 1)):
+        click.echo(f"wrote {path}")
 
 
 def _tell_levels(content: Mapping[str, Any]) -> None:
@@ -536,7 +549,12 @@ def _tell_levels(content: Mapping[str, Any]) -> None:
     rows = content.get("levels") or ()
     if not rows:
         return
-    table = Table(title="levels (rank_level)", title_justify="left")
+    for entry in content.get("level_forms") or ():
+        speeds = [speed for speed in entry["against_static"] if speed is not None]
+        speed = f"; {min(speeds):.2f} to {max(speeds):.2f} times as fast as levels alone" if speeds else ""
+        chosen = "" if entry["chosen"] else " (not written)"
+        click.echo(f"levels as {entry['form']}: {entry['files']} files, {entry['size_bytes']} bytes{speed}{chosen}")
+    table = Table(title="levels", title_justify="left")
     for heading in ("", "MACs", "speed-up (95 %)", "against its own file", "drop", "cosine", "agreement"):
         table.add_column(heading, justify="right")
     for row in rows:

@@ -13,6 +13,7 @@ from onnx import ModelProto
 from lowrank_onnx.base import Pass, Plan
 from lowrank_onnx.cascading import Cascade
 from lowrank_onnx.deciding import Planned
+from lowrank_onnx.level_files import check_level_outputs, save_levels
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.model import Model, check_output, save
 from lowrank_onnx.plans import plan_to_dict
@@ -31,6 +32,7 @@ class Result:
         report: The report, schema 1.
         source: The original.
         posteriors: How sure each layer's factors are, as arrays by key; empty where nobody asked.
+        levels: The smaller levels, the smallest first, where they get files of their own.
     """
 
     model: ModelProto
@@ -38,6 +40,7 @@ class Result:
     report: dict[str, Any]
     source: Model = field(repr=False)
     posteriors: dict[str, Array] = field(default_factory=dict, repr=False)
+    levels: tuple[ModelProto, ...] = field(default=(), repr=False)
 
     def save(self, path: str | Path, overwrite: bool = False) -> Path:
         """Write the model, completely or not at all.
@@ -46,7 +49,11 @@ class Result:
             ModelError: The path cannot be written, or exists without ``overwrite``.
         """
         out = check_output(path, self.source, overwrite, "path")
-        save(self.model, out, self.source.folder, overwrite)
+        if self.levels:
+            check_level_outputs(out, self.source, len(self.levels) + 1, overwrite)
+            save_levels([*self.levels, self.model], out, self.source.folder, overwrite)
+        else:
+            save(self.model, out, self.source.folder, overwrite)
         return out
 
 

@@ -2,53 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
-from lowrank_onnx.building import Built
 from lowrank_onnx.cascade import COUNT, is_cascade
 from lowrank_onnx.cost import Cost
 from lowrank_onnx.data import Dataset
-from lowrank_onnx.levels import LevelSession, level_count
 from lowrank_onnx.model import Model
 from lowrank_onnx.problem import Problem
 from lowrank_onnx.runtime import Runtime, open_session, run
 from lowrank_onnx.validation import compare, expected_timing
 
+Openers = Sequence[Callable[[], Any]]
+"""For every level, the smallest first, what opens a session of it: not all need memory at once."""
 
-def level_rows(
-    problem: Problem, model: Model, costs: Sequence[Cost] = (), statics: Sequence[Built] = ()
-) -> list[dict[str, Any]]:
-    """Run every level of a file against the original.
+STATIC = "static"
+"""The form every level has as a model of its own."""
+
+
+def level_rows(problem: Problem, forms: Mapping[str, Openers], costs: Sequence[Cost] = ()) -> list[dict[str, Any]]:
+    """Run every level against the original.
 
     Args:
         problem: The original and its data.
-        model: A file with levels.
+        forms: What opens each level, the smallest first, by what the report calls the form; the first form is
+            judged, the others are timed beside it, those of ``STATIC`` to compare it with.
         costs: What each level costs alone, where it is known.
-        statics: The same levels as models of their own, to compare the speed with.
 
     Returns:
         A row a level, the smallest first; empty where the file has no levels.
     """
-    session = open_session(model.proto, problem.runtime, model.folder, what="the model with levels")
     rows = []
-    for level in range(level_count(model.proto) or 0):
-        held = LevelSession(session, level)
+    for level in range(len(next(iter(forms.values())))):
+        sessions = {form: openers[level]() for form, openers in forms.items()}
+        held = next(iter(sessions.values()))
         accuracy = (
             None if problem.judged_on is None else compare(problem.session, held, problem.judged_on, problem.metric)
         )
-        ratio, against = None, None
+        ratio = None
+        medians: dict[str, float] = {}
         if problem.feeds is not None:
-            sessions = [problem.session, held]
-            if statics:
-                sessions.append(open_session(statics[level].proto, problem.runtime, model.folder, what="a level"))
-            timing = expected_timing(sessions, [[problem.feeds.values]], [1.0], problem.seed, 3.0)
+            timed = [problem.session, *sessions.values()]
+            timing = expected_timing(timed, [[problem.feeds.values]], [1.0], problem.seed, 3.0)
             ratio = timing.ratios[1]
-            if statics:
-                against = timing.latencies[2].median / timing.latencies[1].median
+            names = ("original", *sessions)
+            medians = {name: latency.median for name, latency in zip(names, timing.latencies, strict=True)}
         macs = costs[level].macs if costs else None
         metric = None if accuracy is None else accuracy.metric
         rows.append(
@@ -59,7 +60,8 @@ def level_rows(
                 "speedup": None if ratio is None else ratio.value,
                 "speedup_low": None if ratio is None else ratio.low,
                 "speedup_high": None if ratio is None else ratio.high,
-                "against_static": against,
+                "latency_ms": medians,
+                "against_static": against_static(medians, next(iter(sessions))),
                 "metric": None if metric is None else metric.after,
                 "metric_drop": None if metric is None else metric.relative_drop,
                 "cosine": None if accuracy is None else accuracy.fidelity.cosine,
@@ -68,6 +70,11 @@ def level_rows(
             }
         )
     return rows
+
+
+def against_static(medians: Mapping[str, float], form: str) -> float | None:
+    """Speed of a form against the same level as a model of its own; None where that was not timed."""
+    return medians[STATIC] / medians[form] if STATIC in medians else None
 
 
 def share_escalated(model: Model, data: Dataset, runtime: Runtime) -> float | None:

@@ -85,8 +85,14 @@ def _is_prefix(tensor: TensorProto, stored: Mapping[str, Array]) -> bool:
     whole = stored.get(tensor.name)
     if whole is None or uses_external_data(tensor) or tensor.data_type not in FLOAT_TYPES:
         return False
-    value = numpy_helper.to_array(tensor)
-    if value.ndim != whole.ndim or any(a > b for a, b in zip(value.shape, whole.shape, strict=True)):
+    return is_leading(numpy_helper.to_array(tensor), whole)
+
+
+def is_leading(value: Array, whole: Array) -> bool:
+    """Whether an array is the leading part of another, along every axis."""
+    if value.dtype != whole.dtype or value.ndim != whole.ndim:
+        return False
+    if any(a > b for a, b in zip(value.shape, whole.shape, strict=True)):
         return False
     return np.array_equal(value, whole[tuple(slice(size) for size in value.shape)])
 

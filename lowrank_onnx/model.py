@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -28,6 +29,9 @@ Array = NDArray[Any]
 
 FLOAT_TYPES = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16})
 
+SMALLER_KEY = "lowrank_onnx.smaller_levels"
+"""Metadata of a model file: the names of the files of its smaller levels, the smallest first, as a JSON list."""
+
 # Operators through which a weight may pass on its way to the node that uses it.
 TRANSPARENT = frozenset(
     {"Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Concat"}
@@ -37,7 +41,7 @@ TRANSPARENT = frozenset(
 _WEIGHT_OPS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "LSTM", "GRU", "RNN", "Gather"})
 
 _SINGLE_FILE_LIMIT = 2**31 - 2**24  # protobuf refuses 2 GiB; leave room for the graph itself
-_EXTERNAL_FROM = 1024  # bytes; smaller tensors stay in the model file, where shape inference needs them
+EXTERNAL_FROM = 1024  # bytes; smaller tensors stay in the model file, where shape inference needs them
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +106,7 @@ class Model:
         digest: Digest of the model file and of its external data.
         size_bytes: Model file and external data.
         given: The model before attention in it was unpacked, which may run at another speed; None if none was.
+        smaller: Names of the files of its smaller levels, which lie beside it; empty for an ordinary model.
     """
 
     proto: ModelProto
@@ -110,6 +115,7 @@ class Model:
     digest: str
     size_bytes: int
     given: ModelProto | None = None
+    smaller: tuple[str, ...] = ()
 
     @property
     def original(self) -> ModelProto:
@@ -207,12 +213,13 @@ def load(path: str | os.PathLike[str]) -> Model:
     sha256 = hashlib.sha256(content)
     digest, size_bytes = sha256.copy(), len(content)
     del content
+    smaller = take_smaller(proto)
     for extra in _external_files(proto, file):
         with extra.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
         size_bytes += extra.stat().st_size
     prepared, given = prepare(proto)
-    return Model(prepared, file, sha256.hexdigest(), digest.hexdigest(), size_bytes, given)
+    return Model(prepared, file, sha256.hexdigest(), digest.hexdigest(), size_bytes, given, smaller)
 
 
 def from_proto(proto: ModelProto) -> Model:
@@ -230,8 +237,27 @@ def from_proto(proto: ModelProto) -> Model:
     copy = ModelProto()
     copy.CopyFrom(proto)
     digest = hashlib.sha256(content).hexdigest()
+    take_smaller(copy)
     prepared, given = prepare(copy)
     return Model(prepared, None, digest, digest, len(content), given)
+
+
+def take_smaller(proto: ModelProto) -> tuple[str, ...]:
+    """Take the names of the smaller levels out of the metadata: what is made of a model has other levels, or none."""
+    for place, entry in enumerate(proto.metadata_props):
+        if entry.key == SMALLER_KEY:
+            try:
+                names = json.loads(entry.value)
+            except ValueError:
+                names = None
+            if not isinstance(names, list) or not all(isinstance(n, str) and Path(n).name == n for n in names):
+                raise ModelError(
+                    f"metadata '{SMALLER_KEY}' must be a JSON list of names of files beside the model, found "
+                    f"'{entry.value[:100]}'; take the entry out, or write the levels again"
+                )
+            del proto.metadata_props[place]
+            return tuple(names)
+    return ()
 
 
 def prepare(proto: ModelProto) -> tuple[ModelProto, ModelProto | None]:
@@ -454,7 +480,7 @@ def check_output(out: str | os.PathLike[str], model: Model | None, overwrite: bo
     if path.exists() and not overwrite:
         raise ModelError(f"{option} '{path}' exists; use --overwrite to replace it, or name another file")
     if model is not None and model.path is not None and has_external_data(model.proto):
-        _check_data_file(data_file(path), _external_files(model.proto, model.path), overwrite)
+        check_data_file(data_file(path), _external_files(model.proto, model.path), overwrite)
     try:  # os.access says yes to root on a read-only file system
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:100]}."):
             pass
@@ -468,7 +494,8 @@ def data_file(out: Path) -> Path:
     return out.with_name(out.name + ".data")
 
 
-def _check_data_file(data: Path, sources: list[Path], overwrite: bool) -> None:
+def check_data_file(data: Path, sources: Sequence[Path], overwrite: bool) -> None:
+    """Refuse a file for external data that is a source, or exists without ``overwrite``."""
     if not data.exists():
         return
     if any(data.samefile(source) for source in sources):
@@ -507,29 +534,70 @@ def save(proto: ModelProto, out: Path, folder: Path | None, overwrite: bool = Tr
     """
     external = has_external_data(proto) or proto.ByteSize() > _SINGLE_FILE_LIMIT
     data = data_file(out)
+    copy = proto
+    files: list[tuple[Path, Callable[[BinaryIO], object]]] = []
     if external:
-        _check_data_file(data, [] if folder is None else _external_files(proto, folder / "model"), overwrite)
+        check_data_file(data, [] if folder is None else _external_files(proto, folder / "model"), overwrite)
+        copy = ModelProto()
+        copy.CopyFrom(proto)
+        files.append((data, lambda stream: _write_external(copy, stream, folder, data.name)))
+    files.append((out, lambda stream: stream.write(serialize(copy))))
+    write_files(files)
+
+
+def write_files(files: Sequence[tuple[Path, Callable[[BinaryIO], object]]], stale: Sequence[Path] = ()) -> None:
+    """Write files such that all of them appear complete, or none does.
+
+    Args:
+        files: Where each one goes and what writes it, in order. The last is the one the others belong to: it is
+            put in its place when they are there.
+        stale: Files that go when these have come.
+
+    Raises:
+        ModelError: Writing failed, for instance on a full disk; nothing is left behind.
+    """
+    out = files[-1][0]
     with contextlib.ExitStack() as stack:
         try:
-            copy = proto
             written: list[tuple[Path, Path]] = []
-            if external:
-                copy = ModelProto()
-                copy.CopyFrom(proto)
-                temporary = stack.enter_context(_temporary(data))
+            for path, fill in files:
+                temporary = stack.enter_context(_temporary(path))
                 with temporary.open("wb") as stream:
-                    _write_external(copy, stream, folder, data.name)
+                    fill(stream)
                     _sync(stream)
-                written.append((temporary, data))
-            temporary = stack.enter_context(_temporary(out))
-            with temporary.open("wb") as stream:
-                stream.write(serialize(copy))
-                _sync(stream)
-            written.append((temporary, out))
-            for source, target in written:
-                source.replace(target)
+                written.append((temporary, path))
+            _replace_all(written, stale)
         except OSError as error:
             raise ModelError(f"'{out}' could not be written: {error.strerror}; nothing was left behind") from error
+
+
+def _replace_all(written: Sequence[tuple[Path, Path]], stale: Sequence[Path]) -> None:
+    """Put finished files in their places; where one cannot be, what stood in all of them comes back."""
+    if len(written) == 1 and not stale:  # one name changes hands at once: nothing has to come back
+        source, target = written[0]
+        source.replace(target)
+        return
+    aside: list[tuple[Path, Path]] = []
+    placed: list[Path] = []
+    try:
+        # The last one first: while the files are exchanged, none is there that could be read with the wrong others.
+        for target in [*reversed([target for _, target in written]), *stale]:
+            if target.exists():
+                place = target.with_name(f".{target.name[:100]}.{os.getpid()}.old")
+                aside.append((place, target))
+                target.replace(place)
+        for source, target in written:
+            placed.append(target)
+            source.replace(target)
+    except BaseException:
+        for target in placed:
+            target.unlink(missing_ok=True)
+        for place, target in aside:
+            if place.exists():
+                place.replace(target)
+        raise
+    for place, _ in aside:
+        place.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -558,7 +626,7 @@ def _write_external(proto: ModelProto, stream: Any, folder: Path | None, locatio
             assert folder is not None
             file, offset, length = external_location(tensor, folder)
             content: Any = np.memmap(file, dtype=np.uint8, mode="r", offset=offset, shape=(length,)) if length else b""
-        elif tensor.name in movable and len(tensor.raw_data) >= _EXTERNAL_FROM:
+        elif tensor.name in movable and len(tensor.raw_data) >= EXTERNAL_FROM:
             content = tensor.raw_data
         else:
             continue

@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import tempfile
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from onnx import ModelProto
 
 from lowrank_onnx.budget import Selection, reasons_for_kept
 from lowrank_onnx.building import Built
 from lowrank_onnx.cascading import find_cascade, hold_out
 from lowrank_onnx.deciding import Planned, decide, offers, probed, refined
+from lowrank_onnx.errors import ModelError
 from lowrank_onnx.finishing import Result, finish
-from lowrank_onnx.leveling import level_rows
+from lowrank_onnx.level_files import level_openers, level_paths, save_levels
+from lowrank_onnx.leveling import STATIC, against_static, level_rows
 from lowrank_onnx.levels import build_levels
-from lowrank_onnx.model import Model, parameter_count, saved_size
+from lowrank_onnx.model import Model, data_file, load, parameter_count, saved_size
 from lowrank_onnx.nesting import nested_levels
 from lowrank_onnx.run import Run
+from lowrank_onnx.runtime import open_session
 from lowrank_onnx.target import Target, read_target
+
+FORMS = ("switch", "files")
+"""One file that an input switches; or a file a level and one of weights that all share."""
 
 LARGER = 1.15  # times its highest level: how large a file of levels may be before the report warns
 
 
-def compress_levels(run: Run, kind: str, shares: Sequence[float]) -> Result:
-    """Plan all levels together, put them into one file, validate each and report.
+def compress_levels(run: Run, kind: str, shares: Sequence[float], form: str) -> Result:
+    """Plan all levels together, put them into one file or several, validate each and report.
 
     Args:
         run: The run.
         kind: What the shares are of: ``keep_macs``, ``keep_params`` or ``keep_size``.
         shares: Ascending, each in (0, 1].
+        form: One of ``FORMS``; the other is measured beside it.
 
     Raises:
         TargetError: A level cannot be met.
+        ModelError: The levels cannot be put into one file, and ``switch`` asks for it.
     """
     problem = run.problem
     target = read_target({kind: shares[-1]})
@@ -42,27 +54,54 @@ def compress_levels(run: Run, kind: str, shares: Sequence[float]) -> Result:
             problem, proposals, damage, kind, shares, statistics, lambda selection: refined(run, selection, sites)
         )
     del proposals, statistics
-    proto = build_levels([selection.built.proto for selection in selections])
-    highest = dataclasses.replace(selections[-1], built=Built(proto, selections[-1].built.factors, saved_size(proto)))
-    cost = dataclasses.replace(
-        selections[-1].cost, parameters=parameter_count(proto), size_bytes=highest.built.size_bytes
-    )
-    highest = dataclasses.replace(highest, cost=cost)
-    kept = reasons_for_kept(problem.sites, highest.choices, reasons, "dense is the better use of the budget")
-    result = finish(run, target, Planned(highest, kept))
-    with run.clock.step("validate"):
-        statics = [selection.built for selection in selections]
-        made = Model(proto, problem.model.path, "", "", saved_size(proto))
-        rows = level_rows(problem, made, [selection.cost for selection in selections], statics)
+    statics = [selection.built.proto for selection in selections]
+    switch: ModelProto | None = None
+    try:
+        switch = build_levels(statics)
+    except ModelError:
+        if form == "switch":
+            raise
+    with tempfile.TemporaryDirectory() as folder:
+        paths = level_paths(Path(folder) / "levels.onnx", len(shares))
+        save_levels(statics, paths[-1], problem.model.folder)
+        sizes = {"files": sum(path.stat().st_size for path in [*paths, data_file(paths[-1])])}
+        opens = {"files": level_openers(load(paths[-1]), problem.runtime)}
+        if switch is not None:
+            sizes["switch"] = saved_size(switch)
+            made = Model(switch, problem.model.path, "", "", sizes["switch"])
+            opens["switch"] = level_openers(made, problem.runtime)
+        opens[STATIC] = [
+            partial(open_session, proto, problem.runtime, problem.model.folder, what="a level") for proto in statics
+        ]
+        highest = selections[-1]
+        proto = switch if switch is not None and form == "switch" else statics[-1]
+        cost = dataclasses.replace(highest.cost, parameters=parameter_count(proto), size_bytes=sizes[form])
+        built = Built(proto, highest.built.factors, sizes[form])
+        kept = reasons_for_kept(problem.sites, highest.choices, reasons, "dense is the better use of the budget")
+        result = finish(run, target, Planned(dataclasses.replace(highest, built=built, cost=cost), kept))
+        with run.clock.step("validate"):
+            forms = {form: opens.pop(form), **opens}
+            rows = level_rows(problem, forms, [selection.cost for selection in selections])
     result.report["levels"] = [{"keep": share, **row} for share, row in zip(shares, rows, strict=True)]
-    result.plan["setting"]["levels"] = list(shares)
-    larger = highest.built.size_bytes / max(selections[-1].cost.size_bytes, 1)
+    result.report["level_forms"] = [
+        {
+            "form": name,
+            "chosen": name == form,
+            "files": 1 if name == "switch" else len(shares) + 1,
+            "size_bytes": sizes[name],
+            "against_static": [against_static(row["latency_ms"], name) for row in rows],
+        }
+        for name in sorted(sizes, key=FORMS.index)
+    ]
+    result.plan["setting"] |= {"levels": list(shares), "levels_as": form}
+    larger = sizes[form] / max(highest.cost.size_bytes, 1)
     if larger > LARGER:
+        what = "file is" if form == "switch" else "files are together"
         result.report["warnings"].append(
-            f"the file is {larger:.2f} times as large as its highest level alone: some smaller levels need factors of "
+            f"the {what} {larger:.2f} times as large as the highest level alone: some smaller levels need factors of "
             "their own, as prefixes of the larger ones lose too much there"
         )
-    return result
+    return result if form == "switch" else dataclasses.replace(result, levels=tuple(statics[:-1]))
 
 
 def compress_cascade(run: Run, targets: Sequence[Target], agreement: float) -> Result:
@@ -81,7 +120,7 @@ def compress_cascade(run: Run, targets: Sequence[Target], agreement: float) -> R
         decided[target.option] = (target, planned)
         return planned.selection
 
-    levels = [(target.option, functools.partial(level, target)) for target in targets]
+    levels = [(target.option, partial(level, target)) for target in targets]
     found = find_cascade(fitted, levels, held, agreement)
     target, planned = decided[found.label]
     return finish(run, target, Planned(found.selection, planned.refusals), cascade=found)

@@ -22,9 +22,10 @@ from lowrank_onnx.feeds import choose_feeds, read_shapes, texts
 from lowrank_onnx.finishing import Result, finish
 from lowrank_onnx.grids import remember
 from lowrank_onnx.labels import read_labels
+from lowrank_onnx.level_files import level_openers
 from lowrank_onnx.leveling import level_rows, share_escalated
-from lowrank_onnx.levels import LEVEL_INPUT, level_count
-from lowrank_onnx.multilevel import compress_cascade, compress_levels
+from lowrank_onnx.levels import LEVEL_INPUT
+from lowrank_onnx.multilevel import FORMS, compress_cascade, compress_levels
 from lowrank_onnx.nesting import check_levels
 from lowrank_onnx.passes import PASSES
 from lowrank_onnx.plans import check_model, check_plan, chosen_rows, read_plan
@@ -99,6 +100,7 @@ def compress(
     agreement: float | None = None,
     levels: Sequence[float] | None = None,
     by: str = "macs",
+    levels_as: str = "switch",
     calibrate: Data | None = None,
     evaluate: Data | None = None,
     metric: str | None = None,
@@ -134,9 +136,10 @@ def compress(
         agreement: Share of samples whose best class must stay that of the original. Makes a cascade: the target
             names its cheap level (several are tried without one), and what that is unsure of goes on to the
             original inside the same file.
-        levels: Several shares to keep, in one file: the input ``rank_level`` chooses among them, the highest by
-            default. Instead of a target.
+        levels: Several shares to keep. Instead of a target.
         by: What the levels are shares of: ``macs``, ``params`` or ``size``.
+        levels_as: ``switch``: one file whose input ``rank_level`` chooses among the levels, the highest by
+            default. ``files``: a model file a level, the highest the named one, over one file of weights.
         calibrate, evaluate: Data: a file, a folder, ``module:function``, arrays by name, or feeds.
         metric: A name, ``path.py:function`` or ``module:function``; fidelity to the original without one.
         technique: ``name:option=value,...``; every default technique if empty.
@@ -183,6 +186,10 @@ def compress(
         raise LowRankError("--allow-io-change gives each level a cache of its own width; leave it or the levels out")
     if f"keep_{by}" not in BUDGETS:
         raise LowRankError(f"--by must be macs, params or size, got '{by}'")
+    if levels_as not in FORMS:
+        raise LowRankError(f"--levels-as must be {' or '.join(FORMS)}, got '{levels_as}'")
+    if levels is None and levels_as != FORMS[0]:
+        raise LowRankError(f"--levels-as {levels_as} needs levels; give --levels 0.3,0.5,0.7, or leave it out")
     shares = None if levels is None else check_levels(levels)
     unsure = "--emit-uncertainty" if emit_uncertainty is not None else "--uncertainty" if uncertainty else ""
     if unsure and (agreement is not None or levels is not None):
@@ -228,7 +235,7 @@ def compress(
             tried = [read_target({"keep_macs": share}) for share in LEVELS] if searching else [wish]
             return compress_cascade(run, tried, agreement)
         if shares is not None:
-            return compress_levels(run, f"keep_{by}", shares)
+            return compress_levels(run, f"keep_{by}", shares, levels_as)
         if unsure:
             return compress_unsure(run, wish, unsure, uncertainty, emit_uncertainty, names)
         return finish(run, wish, decide(run, wish), names)
@@ -447,9 +454,9 @@ def validate(
     other = pose(candidate, runtime, None, evaluate, metric, shape, seed)
     _check_same_inputs(problem, other)
     report = validate_report(problem, other, clock.total, progress)
-    rows = level_rows(problem, other.model) if level_count(other.model.proto) else []
-    if rows:
-        report["levels"] = rows
+    openers = level_openers(other.model, runtime)
+    if openers:
+        report["levels"] = level_rows(problem, {"files" if other.model.smaller else "switch": openers})
     share = None if problem.evaluate is None else share_escalated(other.model, problem.evaluate, runtime)
     if share is not None:
         report["cascade"] = {"escalated": share}

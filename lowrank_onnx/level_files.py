@@ -1,0 +1,223 @@
+"""Several levels as a model file each, over one file of weights in which a prefix is stored once.
+
+    OUT.onnx              the highest level: whoever knows of no levels opens it
+    OUT.level_0.onnx ...  the smaller ones
+    OUT.onnx.data         the weights of all
+
+A file refers to its weights by offset and length, so leading rows of a larger factor are a shorter length at the
+same offset. Leading columns lie apart from each other: the file refers to the whole factor and takes a Slice of
+it, which onnxruntime folds when it loads the file. Storing such factors transposed makes their prefixes leading
+rows too, but takes as long to load and as much memory then, and makes the highest level transpose them back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+
+from lowrank_onnx.composing import take_prefix
+from lowrank_onnx.errors import ModelError
+from lowrank_onnx.levels import LevelSession, is_leading, level_count
+from lowrank_onnx.linalg import Array
+from lowrank_onnx.model import (
+    EXTERNAL_FROM,
+    FLOAT_TYPES,
+    SMALLER_KEY,
+    Model,
+    check_data_file,
+    check_output,
+    data_file,
+    external_files,
+    external_location,
+    load,
+    serialize,
+    stored_tensors,
+    uses_external_data,
+    write_files,
+)
+from lowrank_onnx.runtime import Runtime, open_session
+
+_FIRST_SLICE = 10  # operator set in which Slice takes its ends as inputs, as ``take_prefix`` writes it
+_ALIGNED = 64  # bytes, so that a runtime may map a weight
+
+
+def level_paths(out: Path, count: int) -> list[Path]:
+    """The files of the levels, the smallest first; the highest is ``out`` itself."""
+    return [*(out.with_name(f"{out.stem}.level_{level}{out.suffix}") for level in range(count - 1)), out]
+
+
+def check_level_outputs(out: Path, model: Model, count: int, overwrite: bool) -> None:
+    """Find out before the work that the files of the levels can be written.
+
+    Raises:
+        ModelError: One of them cannot, is the model or its external data, or exists without ``overwrite``.
+    """
+    for path in level_paths(out, count):
+        check_output(path, model, overwrite)
+    check_data_file(data_file(out), [] if model.path is None else external_files(model.path), overwrite)
+
+
+def save_levels(models: Sequence[ModelProto], out: Path, folder: Path | None, overwrite: bool = True) -> None:
+    """Write all levels, completely or not at all.
+
+    Args:
+        models: The smallest first; tensors with external data still point into ``folder``.
+        out: The file of the highest level; see ``level_paths`` for the others.
+        folder: Where the external data of ``models`` lie now.
+        overwrite: Whether the files may exist.
+
+    Raises:
+        ModelError: Writing failed; nothing is left behind.
+    """
+    data = data_file(out)
+    sources = [
+        external_location(tensor, folder)[0]
+        for tensor in stored_tensors(models[-1])
+        if folder is not None and uses_external_data(tensor)
+    ]
+    check_data_file(data, sources, overwrite)
+    paths = level_paths(out, len(models))
+    store = _Store(data.name, folder)
+    packed = [store.take_in(model) for model in reversed(models)][::-1]
+    smaller = json.dumps([path.name for path in paths[:-1]])
+    packed[-1].metadata_props.add(key=SMALLER_KEY, value=smaller)
+    left = set(_smaller_paths(out)) - set(paths)  # of a set with more levels, whose weights are replaced now
+    write_files(
+        [
+            (data, store.write),
+            *(
+                (path, lambda stream, p=proto: stream.write(serialize(p)))
+                for path, proto in zip(paths, packed, strict=True)
+            ),
+        ],
+        sorted(left),
+    )
+
+
+def level_openers(model: Model, runtime: Runtime) -> list[Callable[[], Any]]:
+    """What opens a session of each level, the smallest first, whichever way a file has them; empty without levels.
+
+    Raises:
+        ModelError: A file is missing, or onnxruntime does not accept it.
+    """
+    what = f"model '{model.path}'"
+    if model.path is not None and model.smaller:
+        paths = [model.path.with_name(name) for name in model.smaller]
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise ModelError(
+                f"'{missing[0]}' is missing beside '{model.path}', whose levels are {len(paths) + 1} files and one of "
+                "weights; keep them together, under the names they were written with"
+            )
+        highest = partial(open_session, model.original, runtime, model.folder, what=what)
+        return [*(partial(_open_file, path, runtime) for path in paths), highest]
+    count = level_count(model.proto)
+    if count is None:
+        return []
+    session = open_session(model.proto, runtime, model.folder, what=what)
+    return [partial(LevelSession, session, level) for level in range(count)]
+
+
+def _open_file(path: Path, runtime: Runtime) -> Any:
+    model = load(path)
+    return open_session(model.original, runtime, model.folder, what=f"level '{path}'")
+
+
+def _smaller_paths(out: Path) -> list[Path]:
+    """The files of the smaller levels of a set that stands at ``out`` now."""
+    try:
+        return [out.with_name(name) for name in load(out).smaller] if out.is_file() else []
+    except ModelError:  # whatever stands there is replaced
+        return []
+
+
+class _Store:
+    """The weights of all levels as one file; the larger levels have to be taken in first.
+
+    Args:
+        location: Name of the file.
+        folder: Where external data of the models lie now.
+    """
+
+    def __init__(self, location: str, folder: Path | None) -> None:
+        self._location, self._folder = location, folder
+        self._contents: list[Array] = []  # in the order of the file
+        self._end = 0  # bytes
+        self._known: dict[object, int] = {}  # what tells equal contents, and where they begin
+        self._named: dict[str, list[tuple[Array, int]]] = {}  # what levels call by one name, and where it begins
+
+    def take_in(self, model: ModelProto) -> ModelProto:
+        """A copy of a level whose large weights lie in the store."""
+        copy = ModelProto()
+        copy.CopyFrom(model)
+        for tensor in stored_tensors(copy):
+            if uses_external_data(tensor):
+                assert self._folder is not None
+                file, start, length = external_location(tensor, self._folder)
+                # An empty file cannot be mapped.
+                content = np.memmap(file, np.uint8, "r", start, (length,)) if length else np.zeros(0, np.uint8)
+                self._refer(tensor, self._add(content, (file, start, length)), length)
+        opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
+        replaceable = {value.name for value in model.graph.input}  # by a caller: no node may make them
+        cuts: list[NodeProto] = []
+        for tensor in copy.graph.initializer:
+            if not uses_external_data(tensor):
+                cuts += self._take_tensor(tensor, opset >= _FIRST_SLICE and tensor.name not in replaceable)
+        nodes = [*cuts, *copy.graph.node]
+        del copy.graph.node[:]
+        copy.graph.node.extend(nodes)
+        return copy
+
+    def _take_tensor(self, tensor: TensorProto, may_cut: bool) -> list[NodeProto]:
+        """Let a tensor refer to the store, where it is large; return the nodes that make it of what it refers to."""
+        if tensor.data_type not in FLOAT_TYPES and not tensor.raw_data:
+            return []
+        floating = tensor.data_type in FLOAT_TYPES
+        value = numpy_helper.to_array(tensor) if floating else np.frombuffer(tensor.raw_data, np.uint8)
+        if value.nbytes < EXTERNAL_FROM:
+            return []
+        name = tensor.name
+        for larger, start in self._named.get(name, ()):
+            if not is_leading(value, larger):
+                continue
+            if value.shape[1:] == larger.shape[1:]:
+                self._refer(tensor, start, value.nbytes)
+                return []
+            if may_cut:
+                tensor.name = f"{name}/whole"
+                tensor.dims[:] = larger.shape
+                self._refer(tensor, start, larger.nbytes)
+                return take_prefix(tensor.name, name, value.shape)
+        start = self._add(value, hashlib.sha256(value.tobytes()).digest())
+        self._named.setdefault(name, []).append((value, start))
+        self._refer(tensor, start, value.nbytes)
+        return []
+
+    def _add(self, content: Array, key: object) -> int:
+        """Store a content, equal ones once; return where it begins."""
+        if key not in self._known:
+            self._known[key] = self._end + -self._end % _ALIGNED
+            self._end = self._known[key] + content.nbytes
+            self._contents.append(content)
+        return self._known[key]
+
+    def _refer(self, tensor: TensorProto, start: int, length: int) -> None:
+        kept = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+        kept.doc_string = tensor.doc_string
+        kept.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", self._location), ("offset", start), ("length", length)):
+            kept.external_data.add(key=key, value=str(value))
+        tensor.CopyFrom(kept)
+
+    def write(self, stream: BinaryIO) -> None:
+        """Write the file."""
+        for content in self._contents:
+            stream.write(b"\0" * (-stream.tell() % _ALIGNED))
+            stream.write(np.ascontiguousarray(content).tobytes())

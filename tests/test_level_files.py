@@ -1,0 +1,267 @@
+"""Levels as files of their own: every one against its own model, weights stored once, all files written or none."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lowrank_onnx
+from lowrank_onnx.cli import cli
+from lowrank_onnx.errors import LowRankError, ModelError
+from lowrank_onnx.level_files import level_openers, level_paths, save_levels
+from lowrank_onnx.levels import is_leading
+from lowrank_onnx.linalg import Array
+from lowrank_onnx.model import SMALLER_KEY, data_file, from_proto, load, write_files
+from lowrank_onnx.runtime import Runtime
+from tests.builders import answers, build, falling, furthest
+
+RANKS = (16, 32, 48)
+ARGUMENTS: dict[str, Any] = {"threads": 1, "cache": False, "augment": False}
+
+
+def at_rank(rank: int, opset: int = 17) -> onnx.ModelProto:
+    """A chain of that rank, a prefix of the one of rank 48, its core smaller along two axes; a layer all share."""
+    u, core, v = falling(64, 48, seed=1), falling(48, 48, seed=4), falling(48, 80, seed=2)
+    graph = """g (float[n,64] x) => (float[n,30] y) {
+        a = MatMul(x, first) b = MatMul(a, core) c = MatMul(b, second) d = Add(c, bias)
+        e = Relu(d) y = MatMul(e, head) }"""
+    bias = np.full(80, rank, np.float32)
+    constants = {"first": u[:, :rank], "core": core[:rank, :rank], "second": v[:rank], "bias": bias}
+    return from_proto(build(graph, constants | {"head": falling(80, 30, seed=3)}, opset)).proto
+
+
+def samples(count: int = 7) -> dict[str, Array]:
+    return {"x": np.random.default_rng(0).standard_normal((count, 64)).astype(np.float32)}
+
+
+def answers_of(path: Path) -> dict[str, Array]:
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return dict(zip(["y"], session.run(None, samples()), strict=True))
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    out = tmp_path / "m.onnx"
+    save_levels([at_rank(rank) for rank in RANKS], out, None)
+    return out
+
+
+def test_every_file_answers_as_its_own_model(written: Path) -> None:
+    for rank, path in zip(RANKS, level_paths(written, 3), strict=True):
+        onnx.checker.check_model(str(path), full_check=True)
+        assert furthest(answers_of(path), answers(at_rank(rank), samples())) < 1e-6
+    assert sorted(path.name for path in written.parent.iterdir()) == [
+        "m.level_0.onnx",
+        "m.level_1.onnx",
+        "m.onnx",
+        "m.onnx.data",
+    ]
+
+
+def test_every_weight_is_stored_once(written: Path) -> None:
+    floats = sum(tensor.nbytes for tensor in map(onnx.numpy_helper.to_array, at_rank(48).graph.initializer))
+    data = data_file(written).stat().st_size
+    assert data <= floats + 64 * 5, "more than the weights of the highest level"
+
+
+def test_rows_are_told_by_length_and_columns_cut(written: Path) -> None:
+    lowest = onnx.load(written.with_name("m.level_0.onnx"), load_external_data=False)
+    shapes = {tensor.name: list(tensor.dims) for tensor in lowest.graph.initializer}
+    assert shapes["second"] == [16, 80] and shapes["first/whole"] == [64, 48] and shapes["core/whole"] == [48, 48]
+    assert sum(node.op_type == "Slice" for node in lowest.graph.node) == 2
+    highest = onnx.load(written, load_external_data=False)
+    assert not [node for node in highest.graph.node if node.op_type == "Slice"], "the highest level pays for nothing"
+    lengths = {t.name: dict((e.key, e.value) for e in t.external_data) for t in lowest.graph.initializer}
+    starts = {t.name: dict((e.key, e.value) for e in t.external_data) for t in highest.graph.initializer}
+    assert lengths["second"]["offset"] == starts["second"]["offset"]
+    assert int(lengths["second"]["length"]) == 16 * 80 * 4
+
+
+def test_what_is_no_prefix_is_stored_beside_and_shared_below(tmp_path: Path) -> None:
+    """The two smaller levels have first factors of their own, one the prefix of the other."""
+    own = falling(64, 48, seed=9)
+    models = [at_rank(rank) for rank in RANKS]
+    for rank, model in zip(RANKS[:2], models[:2], strict=True):
+        for tensor in model.graph.initializer:
+            if tensor.name == "first":
+                tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(own[:, :rank]), "first"))
+    out = tmp_path / "m.onnx"
+    save_levels(models, out, None)
+    for path, model in zip(level_paths(out, 3), models, strict=True):
+        assert furthest(answers_of(path), answers(model, samples())) < 1e-6
+    save_levels([at_rank(rank) for rank in RANKS], tmp_path / "n.onnx", None)
+    more = data_file(out).stat().st_size - data_file(tmp_path / "n.onnx").stat().st_size
+    assert more == 64 * 32 * 4
+
+
+def test_an_operator_set_whose_slice_has_no_inputs(tmp_path: Path) -> None:
+    out = tmp_path / "m.onnx"
+    models = [at_rank(rank, opset=9) for rank in RANKS]
+    save_levels(models, out, None)
+    for path, model in zip(level_paths(out, 3), models, strict=True):
+        assert furthest(answers_of(path), answers(model, samples())) < 1e-6
+
+
+def test_external_data_of_the_original_are_taken_along(tmp_path: Path) -> None:
+    """Both models point into the file of the original, which lies elsewhere under the name the new one gets."""
+    folder = tmp_path / "original"
+    folder.mkdir()
+    onnx.save(at_rank(48), folder / "m.onnx", save_as_external_data=True, location="m.onnx.data", size_threshold=0)
+    original = load(folder / "m.onnx")
+    smaller = onnx.ModelProto()
+    smaller.CopyFrom(original.proto)
+    out = tmp_path / "m.onnx"
+    save_levels([smaller, original.proto], out, original.folder)
+    for path in level_paths(out, 2):
+        assert furthest(answers_of(path), answers(at_rank(48), samples())) < 1e-6
+    assert data_file(out).stat().st_size <= (folder / "m.onnx.data").stat().st_size + 64 * 5
+    with pytest.raises(ModelError, match="holds external data of the model itself"):
+        save_levels([smaller, original.proto], folder / "m.onnx", original.folder)
+
+
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=3), st.lists(st.integers(0, 2), min_size=3, max_size=3))
+def test_leading_parts(shape: list[int], more: list[int]) -> None:
+    whole = np.random.default_rng(0).standard_normal([a + b for a, b in zip(shape, more, strict=False)])
+    part = whole[tuple(slice(size) for size in shape)]
+    assert is_leading(part, whole) and not is_leading(part.astype(np.float32), whole)
+    assert not is_leading(part + 1, whole)
+    assert is_leading(whole, part) == (part.shape == whole.shape)
+
+
+# --- all files or none --------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("fails", range(4))
+def test_what_stood_there_comes_back_where_a_file_cannot_be_placed(
+    written: Path, fails: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(written.parent)
+    places = [data_file(written), *level_paths(written, 3)]
+    replace = Path.replace
+
+    def failing(self: Path, target: Path) -> Path:
+        if target == places[fails] and self.suffix == ".tmp":
+            raise OSError(errno.EIO, "it broke")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(ModelError, match="it broke; nothing was left behind"):
+        save_levels([at_rank(rank) for rank in (8, 24, 48)], written, None)
+    assert contents(written.parent) == before
+
+
+def test_nothing_new_stays_where_a_file_cannot_be_placed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace = Path.replace
+
+    def failing(self: Path, target: Path) -> Path:
+        if target.name == "m.onnx":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(KeyboardInterrupt):
+        save_levels([at_rank(rank) for rank in RANKS], tmp_path / "m.onnx", None)
+    assert contents(tmp_path) == {}
+
+
+def test_a_file_that_cannot_be_filled_leaves_nothing(tmp_path: Path) -> None:
+    def full(stream: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ModelError, match="No space left"):
+        write_files([(tmp_path / "a", lambda stream: stream.write(b"a")), (tmp_path / "b", full)])
+    assert contents(tmp_path) == {}
+
+
+def test_levels_of_a_larger_set_go(written: Path) -> None:
+    """They would read the weights of the new set at the places of the old one."""
+    save_levels([at_rank(rank) for rank in (8, 48)], written, None)
+    assert sorted(contents(written.parent)) == ["m.level_0.onnx", "m.onnx", "m.onnx.data"]
+
+
+# --- the whole way ------------------------------------------------------------------------------------
+
+
+def test_a_file_that_is_missing_is_told(written: Path) -> None:
+    written.with_name("m.level_1.onnx").unlink()
+    with pytest.raises(ModelError, match=r"'m.level_1.onnx' is missing beside .* 3 files and one of weights"):
+        level_openers(load(written), Runtime(threads=1))
+
+
+@pytest.mark.parametrize("names", ['["../m.onnx"]', "{}", "[1]", "?"])
+def test_names_that_are_none(written: Path, names: str) -> None:
+    proto = onnx.load(written, load_external_data=False)
+    next(entry for entry in proto.metadata_props if entry.key == SMALLER_KEY).value = names
+    written.write_bytes(proto.SerializeToString())
+    with pytest.raises(ModelError, match="must be a JSON list of names of files beside the model"):
+        load(written)
+
+
+def test_what_is_made_of_a_level_has_no_levels(written: Path) -> None:
+    assert load(written).smaller == ("m.level_0.onnx", "m.level_1.onnx")
+    assert not load(written).proto.metadata_props
+    assert not from_proto(onnx.load(written)).proto.metadata_props
+    assert load(written.with_name("m.level_0.onnx")).smaller == ()
+
+
+def test_the_whole_way(models: Path, tmp_path: Path) -> None:
+    folder, out, told = models / "digits_mlp", tmp_path / "m.onnx", tmp_path / "m.json"
+    arguments = ["compress", str(folder / "model.onnx"), "-o", str(out), "--levels", "0.3,0.5", "--levels-as", "files"]
+    arguments += ["--calibrate", str(folder / "calibrate.npz"), "--threads", "1", "--no-cache", "--json", str(told)]
+    answer = CliRunner().invoke(cli, arguments)
+    assert answer.exit_code == 0, answer.output
+    assert answer.output.splitlines()[-2:] == [f"wrote {out}", f"wrote {tmp_path / 'm.level_0.onnx'}"]
+    report = json.loads(told.read_text())
+    forms = {entry["form"]: entry for entry in report["level_forms"]}
+    assert forms["files"]["chosen"] and not forms["switch"]["chosen"]
+    files = [out, tmp_path / "m.level_0.onnx", data_file(out)]
+    # Every tensor names the file of weights, whose name is another where the files were measured.
+    assert forms["files"]["size_bytes"] == pytest.approx(sum(file.stat().st_size for file in files), rel=1e-3)
+    assert (
+        report["after"]["size_bytes"] == forms["files"]["size_bytes"] <= 1.15 * report["levels"][1]["size_bytes_alone"]
+    )
+    assert len(forms["switch"]["against_static"]) == 2
+
+    seen = lowrank_onnx.validate(folder / "model.onnx", out, evaluate=folder / "evaluate.npz", threads=1)
+    assert [row["level"] for row in seen["levels"]] == [0, 1]
+    assert seen["levels"][1]["cosine"] == pytest.approx(seen["fidelity"]["cosine"])
+    assert seen["levels"][0]["cosine"] < seen["levels"][1]["cosine"]
+
+    session = lowrank_onnx.AdaptiveSession(out, latency_ms=1000, threads=1)
+    feeds = _feeds(session, folder)
+    assert session.levels == 2
+    for level, path in enumerate(level_paths(out, 2)):
+        alone = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, feeds)
+        np.testing.assert_allclose(session.sessions[level].run(None, feeds)[0], alone[0], atol=1e-6)
+
+    again = CliRunner().invoke(cli, arguments)
+    assert again.exit_code == 1 and "exists; use --overwrite" in str(again.exception)
+    out.unlink()
+    beside = CliRunner().invoke(cli, arguments)
+    assert beside.exit_code == 1 and "m.level_0.onnx' exists; use --overwrite" in str(beside.exception)
+
+
+def _feeds(session: Any, folder: Path) -> dict[str, Array]:
+    data = np.load(folder / "evaluate.npz")
+    return {value.name: data[value.name][:3] for value in session.get_inputs()}
+
+
+def test_files_need_levels(models: Path) -> None:
+    with pytest.raises(LowRankError, match="--levels-as files needs levels"):
+        lowrank_onnx.compress(models / "digits_mlp" / "model.onnx", levels_as="files")
+    with pytest.raises(LowRankError, match="must be switch or files"):
+        lowrank_onnx.compress(models / "digits_mlp" / "model.onnx", levels=[0.3, 0.5], levels_as="file")
