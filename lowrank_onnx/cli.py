@@ -124,8 +124,8 @@ _levels = _options(
         type=click.Choice(FORMS),
         default=FORMS[0],
         show_default=True,
-        help="One file that the input rank_level switches; or OUT for the highest level, a file beside it for each "
-        "smaller one, and one file of weights for all.",
+        help="OUT for the highest level, a file beside it for each smaller one, and one file of weights for all; or "
+        "one file that the input rank_level switches.",
     ),
     click.option("--by", type=click.Choice(["macs", "params", "size"]), default="macs", help="What --levels share."),
 )

@@ -25,8 +25,14 @@ from lowrank_onnx.run import Run
 from lowrank_onnx.runtime import open_session
 from lowrank_onnx.target import Target, read_target
 
-FORMS = ("switch", "files")
-"""One file that an input switches; or a file a level and one of weights that all share."""
+FORMS = ("files", "switch")
+"""A file a level and one of weights that all share; or one file that an input switches.
+
+The first is the default on both providers: its levels run as fast as levels alone. The switch takes up to 40 % more
+time on a CPU where a level runs for microseconds and 6 to 16 % on CUDA, where it stops the capture of graphs as
+well; and a session of it holds all levels: MiniLM with three takes 281 MB and half a second to load, 19 to 36 MB
+and 40 ms as files.
+"""
 
 LARGER = 1.15  # times its highest level: how large a file of levels may be before the report warns
 

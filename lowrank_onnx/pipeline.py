@@ -100,7 +100,7 @@ def compress(
     agreement: float | None = None,
     levels: Sequence[float] | None = None,
     by: str = "macs",
-    levels_as: str = "switch",
+    levels_as: str = FORMS[0],
     calibrate: Data | None = None,
     evaluate: Data | None = None,
     metric: str | None = None,
@@ -138,8 +138,8 @@ def compress(
             original inside the same file.
         levels: Several shares to keep. Instead of a target.
         by: What the levels are shares of: ``macs``, ``params`` or ``size``.
-        levels_as: ``switch``: one file whose input ``rank_level`` chooses among the levels, the highest by
-            default. ``files``: a model file a level, the highest the named one, over one file of weights.
+        levels_as: ``files``: a model file a level, the highest the named one, over one file of weights.
+            ``switch``: one file whose input ``rank_level`` chooses among the levels, the highest by default.
         calibrate, evaluate: Data: a file, a folder, ``module:function``, arrays by name, or feeds.
         metric: A name, ``path.py:function`` or ``module:function``; fidelity to the original without one.
         technique: ``name:option=value,...``; every default technique if empty.

@@ -220,7 +220,7 @@ def test_what_is_made_of_a_level_has_no_levels(written: Path) -> None:
 
 def test_the_whole_way(models: Path, tmp_path: Path) -> None:
     folder, out, told = models / "digits_mlp", tmp_path / "m.onnx", tmp_path / "m.json"
-    arguments = ["compress", str(folder / "model.onnx"), "-o", str(out), "--levels", "0.3,0.5", "--levels-as", "files"]
+    arguments = ["compress", str(folder / "model.onnx"), "-o", str(out), "--levels", "0.3,0.5"]
     arguments += ["--calibrate", str(folder / "calibrate.npz"), "--threads", "1", "--no-cache", "--json", str(told)]
     answer = CliRunner().invoke(cli, arguments)
     assert answer.exit_code == 0, answer.output
@@ -260,8 +260,8 @@ def _feeds(session: Any, folder: Path) -> dict[str, Array]:
     return {value.name: data[value.name][:3] for value in session.get_inputs()}
 
 
-def test_files_need_levels(models: Path) -> None:
-    with pytest.raises(LowRankError, match="--levels-as files needs levels"):
-        lowrank_onnx.compress(models / "digits_mlp" / "model.onnx", levels_as="files")
-    with pytest.raises(LowRankError, match="must be switch or files"):
+def test_a_form_needs_levels(models: Path) -> None:
+    with pytest.raises(LowRankError, match="--levels-as switch needs levels"):
+        lowrank_onnx.compress(models / "digits_mlp" / "model.onnx", levels_as="switch")
+    with pytest.raises(LowRankError, match="must be files or switch"):
         lowrank_onnx.compress(models / "digits_mlp" / "model.onnx", levels=[0.3, 0.5], levels_as="file")

@@ -99,9 +99,8 @@ def test_levels_are_shares_that_differ(levels: list[float]) -> None:
 @pytest.fixture(scope="module")
 def leveled(models: Path) -> lowrank_onnx.Result:
     folder = models / "digits_mlp"
-    return lowrank_onnx.compress(
-        folder / "model.onnx", levels=[0.5, 0.2, 0.3], calibrate=folder / "calibrate.npz", **ARGUMENTS
-    )
+    settings = ARGUMENTS | {"calibrate": folder / "calibrate.npz", "levels_as": "switch"}
+    return lowrank_onnx.compress(folder / "model.onnx", levels=[0.5, 0.2, 0.3], **settings)
 
 
 def test_budgets_are_met_and_the_smaller_levels_share(leveled: lowrank_onnx.Result) -> None:
