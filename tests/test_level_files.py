@@ -32,12 +32,12 @@ ARGUMENTS: dict[str, Any] = {"threads": 1, "cache": False, "augment": False}
 def at_rank(rank: int, opset: int = 17) -> onnx.ModelProto:
     """A chain of that rank, a prefix of the one of rank 48, its core smaller along two axes; a layer all share."""
     u, core, v = falling(64, 48, seed=1), falling(48, 48, seed=4), falling(48, 80, seed=2)
-    graph = """g (float[n,64] x) => (float[n,30] y) {
+    graph = """g (float[n,64] x) => (float[n,48] y) {
         a = MatMul(x, first) b = MatMul(a, core) c = MatMul(b, second) d = Add(c, bias)
         e = Relu(d) y = MatMul(e, head) }"""
     bias = np.full(80, rank, np.float32)
     constants = {"first": u[:, :rank], "core": core[:rank, :rank], "second": v[:rank], "bias": bias}
-    return from_proto(build(graph, constants | {"head": falling(80, 30, seed=3)}, opset)).proto
+    return from_proto(build(graph, constants | {"head": falling(80, 48, seed=3)}, opset)).proto
 
 
 def samples(count: int = 7) -> dict[str, Array]:
@@ -87,21 +87,23 @@ def test_rows_are_told_by_length_and_columns_cut(written: Path) -> None:
     assert int(lengths["second"]["length"]) == 16 * 80 * 4
 
 
-def test_what_is_no_prefix_is_stored_beside_and_shared_below(tmp_path: Path) -> None:
-    """The two smaller levels have first factors of their own, one the prefix of the other."""
-    own = falling(64, 48, seed=9)
+@pytest.mark.parametrize("own", [(0, 1), (1,), (0,)])
+def test_what_is_no_prefix_is_stored_beside(own: tuple[int, ...], tmp_path: Path) -> None:
+    """Some levels have first factors of their own, of which the smaller one may be a prefix of the larger."""
+    other = falling(64, 48, seed=9)
     models = [at_rank(rank) for rank in RANKS]
-    for rank, model in zip(RANKS[:2], models[:2], strict=True):
-        for tensor in model.graph.initializer:
+    for level in own:
+        for tensor in models[level].graph.initializer:
             if tensor.name == "first":
-                tensor.CopyFrom(onnx.numpy_helper.from_array(np.ascontiguousarray(own[:, :rank]), "first"))
+                value = np.ascontiguousarray(other[:, : RANKS[level]])
+                tensor.CopyFrom(onnx.numpy_helper.from_array(value, "first"))
     out = tmp_path / "m.onnx"
     save_levels(models, out, None)
     for path, model in zip(level_paths(out, 3), models, strict=True):
         assert furthest(answers_of(path), answers(model, samples())) < 1e-6
     save_levels([at_rank(rank) for rank in RANKS], tmp_path / "n.onnx", None)
     more = data_file(out).stat().st_size - data_file(tmp_path / "n.onnx").stat().st_size
-    assert more == 64 * 32 * 4
+    assert more == 64 * RANKS[max(own)] * 4
 
 
 def test_an_operator_set_whose_slice_has_no_inputs(tmp_path: Path) -> None:
