@@ -240,7 +240,7 @@ def _try(
             "original_ms": times[0],
             "cheap_ms": times[1],
             "expected_ms": times[2],
-            "expected_cost": times[2] / times[0],
+            "expected_cost": 1 / timing.ratios[2].value,
         }
         pair = Timing((timing.latencies[0], timing.latencies[2]), (timing.ratios[0], timing.ratios[2]))
         return Cascade(label, cheap, dataclasses.replace(cheap, built=built, cost=cost), pair, row)

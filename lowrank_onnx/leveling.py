@@ -44,12 +44,14 @@ def level_rows(problem: Problem, forms: Mapping[str, Openers], costs: Sequence[C
         )
         ratio = None
         medians: dict[str, float] = {}
+        speedups: dict[str, float] = {}
         if problem.feeds is not None:
             timed = [problem.session, *sessions.values()]
             timing = expected_timing(timed, [[problem.feeds.values]], [1.0], problem.seed, 3.0)
             ratio = timing.ratios[1]
             names = ("original", *sessions)
             medians = {name: latency.median for name, latency in zip(names, timing.latencies, strict=True)}
+            speedups = {name: entry.value for name, entry in zip(names, timing.ratios, strict=True)}
         macs = costs[level].macs if costs else None
         metric = None if accuracy is None else accuracy.metric
         rows.append(
@@ -61,7 +63,8 @@ def level_rows(problem: Problem, forms: Mapping[str, Openers], costs: Sequence[C
                 "speedup_low": None if ratio is None else ratio.low,
                 "speedup_high": None if ratio is None else ratio.high,
                 "latency_ms": medians,
-                "against_static": against_static(medians, next(iter(sessions))),
+                "speedups": speedups,
+                "against_static": against_static(speedups, next(iter(sessions))),
                 "metric": None if metric is None else metric.after,
                 "metric_drop": None if metric is None else metric.relative_drop,
                 "cosine": None if accuracy is None else accuracy.fidelity.cosine,
@@ -72,9 +75,9 @@ def level_rows(problem: Problem, forms: Mapping[str, Openers], costs: Sequence[C
     return rows
 
 
-def against_static(medians: Mapping[str, float], form: str) -> float | None:
+def against_static(speedups: Mapping[str, float], form: str) -> float | None:
     """Speed of a form against the same level as a model of its own; None where that was not timed."""
-    return medians[STATIC] / medians[form] if STATIC in medians else None
+    return speedups[form] / speedups[STATIC] if STATIC in speedups else None
 
 
 def share_escalated(model: Model, data: Dataset, runtime: Runtime) -> float | None:

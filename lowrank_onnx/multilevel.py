@@ -95,7 +95,7 @@ def compress_levels(run: Run, kind: str, shares: Sequence[float], form: str) -> 
             "chosen": name == form,
             "files": 1 if name == "switch" else len(shares) + 1,
             "size_bytes": sizes[name],
-            "against_static": [against_static(row["latency_ms"], name) for row in rows],
+            "against_static": [against_static(row["speedups"], name) for row in rows],
         }
         for name in sorted(sizes, key=FORMS.index)
     ]

@@ -310,14 +310,8 @@ def expected_timing(
             rounds[-1].append(row)
     table = np.array(rounds)  # (rounds, kinds, sessions)
     low, middle, high = (np.percentile(table, q, axis=0).T @ weights for q in (25, 50, 75))
-    draws = rng.integers(0, len(table), (_RESAMPLES, len(table)))
-    drawn = np.einsum("dks,k->ds", np.median(table[draws], axis=1), weights)
-    spreads = np.percentile(drawn[:, :1] / drawn, [2.5, 97.5], axis=0)
-    ratios = [
-        Ratio(float(middle[0] / middle[i]), float(spreads[0, i]), float(spreads[1, i])) for i in range(len(middle))
-    ]
     latencies = [Latency(float(middle[i]), float(high[i] - low[i]), len(table)) for i in range(len(middle))]
-    return Timing(tuple(latencies), tuple(ratios))
+    return Timing(tuple(latencies), tuple(_ratios(np.einsum("rks,k->rs", table, weights), rng)))
 
 
 def _bound(session: Any, feeds: Mapping[str, Array], runtime: Runtime) -> Any:
@@ -364,12 +358,15 @@ def _latency(column: Array) -> Latency:
 
 
 def _ratios(table: Array, rng: np.random.Generator) -> list[Ratio]:
+    """The first model against each, of (rounds, models).
+
+    A median over rounds, each against itself, so that what slows a whole round down cancels: where half of the runs
+    meet other work, on which side of it the median time of one model falls is chance.
+    """
     draws = rng.integers(0, len(table), (_RESAMPLES, len(table)))
-    medians = np.median(table[draws], axis=1)  # (resamples, models)
-    points = np.median(table, axis=0)
     ratios = []
-    for place in range(table.shape[1]):
-        spread = medians[:, 0] / medians[:, place]
-        low, high = np.percentile(spread, [2.5, 97.5])
-        ratios.append(Ratio(float(points[0] / points[place]), float(low), float(high)))
+    for column in table.T:
+        paired = table[:, 0] / column
+        low, high = np.percentile(np.median(paired[draws], axis=1), [2.5, 97.5])
+        ratios.append(Ratio(float(np.median(paired)), float(low), float(high)))
     return ratios

@@ -11,7 +11,7 @@ from lowrank_onnx.errors import MetricError, ModelError
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.metrics import Metric
 from lowrank_onnx.runtime import Runtime, input_specs, open_session
-from lowrank_onnx.validation import Collector, _latency, benchmark, compare
+from lowrank_onnx.validation import Collector, _latency, _ratios, benchmark, compare
 from tests.builders import build
 
 RUNTIME = Runtime(threads=1)
@@ -105,3 +105,12 @@ def test_the_quiet_time_does_not_depend_on_how_often_something_else_ran() -> Non
     for share in (0.3, 0.5, 0.7):
         times = np.where(rng.random(40) < share, 6.5, 2.7) + 0.05 * rng.random(40)
         assert _latency(times).quiet == pytest.approx(2.7, abs=0.1)
+
+
+def test_a_ratio_is_of_runs_side_by_side() -> None:
+    """Other work in most of the rounds, now and then from between two runs on: medians fall on either side of it."""
+    modes = np.repeat([[2.0, 2.0], [2.0, 1.0], [1.0, 1.0]], [45, 10, 45], axis=0)  # how much slower each model ran
+    table = np.array([6.0, 3.0]) * modes  # milliseconds
+    assert np.divide(*np.median(table, axis=0)) == 4
+    (_, half) = _ratios(table, np.random.default_rng(0))
+    assert (half.value, half.low, half.high) == (2, 2, 2)
