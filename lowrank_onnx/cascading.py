@@ -202,7 +202,7 @@ def _try(
         cascade = _open(problem, proto)
         kinds = [_feeds(held, np.flatnonzero(escalated == flag)) for flag in (False, True)]
         timing = expected_timing([problem.session, session, cascade], kinds, [1 - share, share], problem.seed)
-        times = [latency.median for latency in timing.latencies]
+        times = [latency.quiet for latency in timing.latencies]
         costs = (
             f"it agrees on {alone:.4f} alone; {share:.1%} of the samples go on to the full model; expected "
             f"{times[2]:.4f} ms against {times[0]:.4f} ms of the original ({times[1]:.4f} ms the cheap level alone)"
