@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import pytest
@@ -11,7 +13,7 @@ from lowrank_onnx.errors import MetricError, ModelError
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.metrics import Metric
 from lowrank_onnx.runtime import Runtime, input_specs, open_session
-from lowrank_onnx.validation import Collector, _latency, _ratios, benchmark, compare
+from lowrank_onnx.validation import Collector, _latency, _ratios, benchmark, compare, expected_timing
 from tests.builders import build
 
 RUNTIME = Runtime(threads=1)
@@ -114,3 +116,33 @@ def test_a_ratio_is_of_runs_side_by_side() -> None:
     assert np.divide(*np.median(table, axis=0)) == 4
     (_, half) = _ratios(table, np.random.default_rng(0))
     assert (half.value, half.low, half.high) == (2, 2, 2)
+
+
+class Served:
+    """A session that takes so many milliseconds of its own clock, and four more behind another model."""
+
+    now = 0.0
+    last: Any = None
+
+    def __init__(self, costs: dict[str, float]) -> None:
+        self.costs = costs
+
+    def get_inputs(self) -> list[Any]:
+        return []
+
+    def get_outputs(self) -> list[Any]:
+        return []
+
+    def run(self, names: list[str], feeds: dict[str, str]) -> None:
+        cold = Served.last is not self
+        Served.last = self
+        Served.now += (self.costs[feeds["kind"]] + 4 * cold) / 1000
+
+
+def test_the_expected_time_is_that_of_a_model_behind_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank_onnx.validation.time.perf_counter", lambda: Served.now)
+    sessions = [Served({"usual": 2, "rare": 2}), Served({"usual": 1, "rare": 3})]
+    kinds: list[Any] = [[{"kind": "usual"}], [{"kind": "rare"}], []]
+    timing = expected_timing(sessions, kinds, [0.75, 0.25, 0.0], seconds=1.0)
+    assert [latency.quiet for latency in timing.latencies] == pytest.approx([2, 1.5])
+    assert [timing.ratios[1].low, timing.ratios[1].value, timing.ratios[1].high] == pytest.approx([4 / 3] * 3)
