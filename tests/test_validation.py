@@ -124,7 +124,7 @@ class Served:
     now = 0.0
     last: Any = None
 
-    def __init__(self, costs: dict[str, float]) -> None:
+    def __init__(self, *costs: float) -> None:
         self.costs = costs
 
     def get_inputs(self) -> list[Any]:
@@ -133,16 +133,16 @@ class Served:
     def get_outputs(self) -> list[Any]:
         return []
 
-    def run(self, names: list[str], feeds: dict[str, str]) -> None:
+    def run(self, names: list[str], feeds: dict[str, Array]) -> None:
         cold = Served.last is not self
         Served.last = self
-        Served.now += (self.costs[feeds["kind"]] + 4 * cold) / 1000
+        Served.now += (self.costs[int(feeds["kind"])] + 4 * cold) / 1000
 
 
 def test_the_expected_time_is_that_of_a_model_behind_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowrank_onnx.validation.time.perf_counter", lambda: Served.now)
-    sessions = [Served({"usual": 2, "rare": 2}), Served({"usual": 1, "rare": 3})]
-    kinds: list[Any] = [[{"kind": "usual"}], [{"kind": "rare"}], []]
+    sessions = [Served(2, 2), Served(1, 3)]
+    kinds = [[{"kind": np.array(0)}], [{"kind": np.array(1)}], []]
     timing = expected_timing(sessions, kinds, [0.75, 0.25, 0.0], seconds=1.0)
     assert [latency.quiet for latency in timing.latencies] == pytest.approx([2, 1.5])
     assert [timing.ratios[1].low, timing.ratios[1].value, timing.ratios[1].high] == pytest.approx([4 / 3] * 3)
