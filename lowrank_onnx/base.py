@@ -106,6 +106,8 @@ class Moments:
         target_cross: (K, N) E[xᵀ t]; None where the weight's own output is wanted.
         target_mean: (N,) E[t].
         target_energy: E|t|².
+        felt: (N, N) of a convolution: how much errors of its outputs matter to the model's outputs, up to a factor;
+            None where all channels count alike.
         sensitivity: (2, directions, gates * hidden) of a recurrent cell: mean squared effect of an error in a
             row of W x and of R h on the states to come; None elsewhere.
         folds: Of a recurrent cell, the same sums over most samples and over those held out; None where there
@@ -121,6 +123,7 @@ class Moments:
     target_mean: Array | None = None
     target_energy: float = 0.0
     sensitivity: Array | None = None
+    felt: Array | None = None
     folds: tuple[Moments, Moments] | None = None
     spread: Array | None = None
 
@@ -153,6 +156,8 @@ class Candidate:
         nodes: How many nodes the replacement adds.
         weight_error: Relative Frobenius error of the weight.
         output_error: Relative error of the site's output on the calibration data; None without data.
+        felt_error: The same with every direction of the output counted by what the model feels of it; None where
+            that was not measured.
         options: What ``factorize`` has to know beyond the ranks.
     """
 
@@ -165,10 +170,13 @@ class Candidate:
     weight_error: float | None
     output_error: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    felt_error: float | None = None
 
     @property
     def error(self) -> float:
-        """The error to compare by: of the output where data were seen, else of the weight."""
+        """The error to compare by: what is felt of it, else of the output where data were seen, else of the weight."""
+        if self.felt_error is not None:
+            return self.felt_error
         return self.output_error if self.output_error is not None else float(self.weight_error or 0.0)
 
 
@@ -312,6 +320,10 @@ class Pass(ABC):
     def delivered(self, factors: Factors, rows: Array) -> Array:
         """What the last factors would read of original input rows (n, K) of the targets; all of it, mostly."""
         return rows
+
+    def felt(self, analysis: Any) -> Array | None:
+        """What an analysis was told of how much errors of the output matter; see ``Moments.felt``."""
+        return None
 
     def after_refit(self, site: Site, candidate: Candidate, error: float) -> float:
         """The relative output error of the site, from that of its targets as ``effective`` gives them."""

@@ -332,7 +332,10 @@ def _refit(choice: Choice, factors: Factors, train: _Sums, held: _Sums, plain: _
     original inputs of the others (``plain``).
     """
     site, technique = choice.proposal.site, choice.proposal.technique
-    moments, unseen, everything = train.moments(), held.moments(), (train + held).moments()
+    felt = technique.felt(choice.proposal.analysis)
+    moments, unseen, everything, given = (
+        dataclasses.replace(sums.moments(), felt=felt) for sums in (train, held, train + held, plain)
+    )
     if train.rows == 0 or held.rows == 0:
         return factors, choice, "no rows to hold out"
 
@@ -340,7 +343,7 @@ def _refit(choice: Choice, factors: Factors, train: _Sums, held: _Sums, plain: _
         return _output_error(choice, made, on)
 
     own_ridge = getattr(technique, "ridge", RIDGES[1])
-    rival = technique.refit(site, choice.candidate, factors, plain.moments(), own_ridge)
+    rival = technique.refit(site, choice.candidate, factors, given, own_ridge)
     best, setting = error(rival, unseen), None
     for mix in MIXES:
         for ridge in RIDGES:
@@ -357,7 +360,9 @@ def _refit(choice: Choice, factors: Factors, train: _Sums, held: _Sums, plain: _
     wanted = everything.target_energy
     told = float(np.sqrt(max(error(factors, everything), 0.0) / wanted)) if wanted > 0 else 0.0
     told = technique.after_refit(site, choice.candidate, told)
-    candidate = dataclasses.replace(choice.candidate, output_error=told, weight_error=_weight_error(choice, factors))
+    candidate = dataclasses.replace(
+        choice.candidate, output_error=told, weight_error=_weight_error(choice, factors), felt_error=None
+    )
     return factors, Choice(choice.proposal, candidate), note
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from lowrank_onnx.base import Counts, Moments, Pass
+from lowrank_onnx.felt import felt_of
 from lowrank_onnx.problem import Problem
 from lowrank_onnx.statistics import Progress, observe
 from lowrank_onnx.workers import HERE, Workers
@@ -84,4 +86,17 @@ class Run:
         with self.clock.step("observe"):
             copies = len(problem.training) - len(problem.calibrate or ())
             data, mask = problem.training, self.settings.mask
-            return observe(problem.model, problem.sites, data, problem.runtime, mask, self.progress, copies)
+            seen = observe(problem.model, problem.sites, data, problem.runtime, mask, self.progress, copies)
+            takers = [entry for entry in self.settings.techniques if "convolution" in entry.kinds]
+            cut = [
+                site
+                for site in problem.sites
+                if site.kind == "convolution" and any(entry.refuse(site) is None for entry in takers)
+            ]
+            for name, felt in felt_of(problem, cut, mask, self.progress).items():
+                seen[name] = {
+                    key: dataclasses.replace(entry, felt=felt)
+                    for key, entry in seen[name].items()
+                    if isinstance(entry, Moments)
+                }
+            return seen

@@ -6,7 +6,7 @@ stream can be run to the end again and again, so that a probe costs only what li
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,24 @@ class Stream:
                 yield run(session, {**feeds, **constants}, outputs)
 
         return call
+
+    def behind(self, name: str) -> Callable[[int, Array], dict[str, Array]] | None:
+        """Open everything that has not run yet, with one live tensor to be varied.
+
+        Returns:
+            A call that takes the number of a batch and the tensor there, and returns the outputs that come behind;
+            None where there are none.
+        """
+        outputs = [output for output in self._outputs if output not in self.values[0]]
+        if not outputs:
+            return None
+        session, inputs = self._open(self._pending, outputs)
+
+        def call(batch: int, value: Array) -> dict[str, Array]:
+            entry = self.values[batch]
+            return run(session, {key: value if key == name else entry[key] for key in inputs}, outputs)
+
+        return call if name in inputs else None
 
     def finish(self) -> list[dict[str, Array]]:
         """Run the rest and return the outputs of every batch."""

@@ -24,7 +24,7 @@ from lowrank_onnx.conv_chains import (
     multiply_out,
     stored,
 )
-from lowrank_onnx.decompositions.output_metric import gentle_solve, layer_output
+from lowrank_onnx.decompositions.output_metric import Felt, gentle_solve, layer_output
 from lowrank_onnx.linalg import Array, psd_root, right_basis, with_ridge
 from lowrank_onnx.passes.svd import pooled
 from lowrank_onnx.patches import as_linear, as_matrix, blocks_of, unseen
@@ -47,6 +47,8 @@ class Target:
             weight's own.
         ridge: In units of the mean diagonal of ``gram``.
         start: The chain so far, for a refit.
+        felt: How much errors of the outputs matter; None where all count alike. A chain is then fitted to outputs
+            turned by it, see ``Felt``.
         memo: What a technique found that holds for every rank.
     """
 
@@ -56,6 +58,7 @@ class Target:
     energy: float | None
     ridge: float
     start: tuple[Array, ...] | None = None
+    felt: Felt | None = None
     memo: dict[str, Array] = field(default_factory=dict)
 
 
@@ -69,6 +72,7 @@ class Layer:
             bias stays.
         energy: E|y|² without bias, which output errors are relative to; 0 without data.
         form: The variant used at every rank.
+        felt: See Moments.felt.
         fits: Chains found so far, by form and ranks; one array of blocks per link.
     """
 
@@ -76,6 +80,7 @@ class Layer:
     means: Mapping[str, tuple[Array, Array]]
     energy: float
     form: Form = ()
+    felt: Array | None = None
     fits: dict[tuple[Form, tuple[int, ...]], tuple[Array, ...]] = field(default_factory=dict)
 
     @property
@@ -159,7 +164,8 @@ class ConvolutionPass(Pass):
     def candidate(self, site: Site, analysis: Layer, ranks: tuple[int, ...]) -> Candidate:
         """See Pass.candidate."""
         links = self._links(site, analysis.form, ranks)
-        weight_error, output_error = self._errors(site, analysis, self._chain(analysis, analysis.form, ranks))
+        chain = self._chain(analysis, analysis.form, ranks)
+        weight_error, output_error = self._errors(site, analysis, chain)
         new = [analysis.means[use.node] for use in site.uses if use.bias is None and use.node in analysis.means]
         return Candidate(
             site=site.name,
@@ -171,6 +177,7 @@ class ConvolutionPass(Pass):
             weight_error=weight_error,
             output_error=output_error,
             options={"form": list(analysis.form)},
+            felt_error=_felt_error(analysis, chain),
         )
 
     def factorize(self, site: Site, analysis: Layer, candidate: Candidate) -> Factors:
@@ -218,6 +225,10 @@ class ConvolutionPass(Pass):
         )
         return self.factorize(site, dataclasses.replace(layer, targets=warm, form=form), candidate)
 
+    def felt(self, analysis: Layer) -> Array | None:
+        """See Pass.felt."""
+        return analysis.felt
+
     def effective(self, site: Site, candidate: Candidate, factors: Factors) -> tuple[Array, Array | None]:
         """See Pass.effective."""
         product = self._product(site, self._links(site, tuple(candidate.options["form"]), candidate.ranks), factors)
@@ -231,8 +242,9 @@ class ConvolutionPass(Pass):
         if wish.energy is None:
             return tuple(wish.ranks(entry) for entry in full)
         for ranks in self._offered(site, analysis.shape, analysis.form):
-            error = self.candidate(site, analysis, ranks).error
-            if 1 - error**2 >= wish.energy:
+            made = self.candidate(site, analysis, ranks)
+            error = made.weight_error if made.output_error is None else made.output_error
+            if error is not None and 1 - error**2 >= wish.energy:
                 return ranks
         return f"no rank on the grid of {self.name} below break-even keeps energy {wish.energy:g}"
 
@@ -299,19 +311,35 @@ class ConvolutionPass(Pass):
         for use in site.uses if centred else ():
             entry = moments[use.input]
             means[use.node] = (entry.mean, entry.mean @ matrix if entry.target_mean is None else entry.target_mean)
-        return Layer(tuple(_of_group(place, block, seen, ridge) for place, block in enumerate(blocks)), means, energy)
+        felt = moments[site.uses[0].input].felt
+        targets = tuple(_of_group(place, block, seen, ridge, felt) for place, block in enumerate(blocks))
+        return Layer(targets, means, energy, felt=felt)
 
     def _chain(self, layer: Layer, form: Form, ranks: tuple[int, ...]) -> tuple[Array, ...]:
         """The blocks of every link, over all groups; fitted once."""
         key = (form, ranks)
         if key not in layer.fits:
-            fitted = [self.fit(target, form, ranks) for target in layer.targets]
+            fitted = [self._fit(target, form, ranks) for target in layer.targets]
             links = self.structure(layer.shape, form, ranks)
             layer.fits[key] = tuple(
                 np.concatenate([weights[place].reshape(link.shape) for weights in fitted])
                 for place, link in enumerate(links)
             )
         return layer.fits[key]
+
+    def _fit(self, target: Target, form: Form, ranks: tuple[int, ...]) -> tuple[Array, ...]:
+        """Fit a chain where errors of the outputs count by what is felt of them: its last link turns them back."""
+        felt = target.felt
+        if felt is None:
+            return self.fit(target, form, ranks)
+        turned = dataclasses.replace(
+            target,
+            weight=felt.turn(target.weight),
+            cross=None if target.cross is None else felt.turn(target.cross),
+            start=None if target.start is None else (*target.start[:-1], felt.turn(target.start[-1])),
+        )
+        *earlier, last = self.fit(turned, form, ranks)
+        return (*earlier, felt.back(last))
 
     def _product(self, site: Site, links: Sequence[Link], factors: Factors) -> Array:
         """What the stored weights multiply out to, (groups, O, I, *kernel), in float64."""
@@ -359,7 +387,8 @@ class ConvolutionPass(Pass):
         place = int(np.argmin(np.abs(np.array(costs) - 0.5)))
         chain = self._chain(layer, form, offered[place])
         weight_error, output_error = self._errors(site, layer, chain)
-        error = weight_error if output_error is None else output_error
+        felt_error = _felt_error(layer, chain)
+        error = next(entry for entry in (felt_error, output_error, weight_error) if entry is not None)
         # Squared error falls about exponentially with cost; two forms seldom meet at one cost.
         return float(error * np.exp(costs[place] - 0.5))
 
@@ -371,14 +400,31 @@ class ConvolutionPass(Pass):
         return macs / site.macs
 
 
-def _of_group(place: int, block: Array, seen: Moments, ridge: float) -> Target:
+def _of_group(place: int, block: Array, seen: Moments, ridge: float, felt: Array | None) -> Target:
     """What the chain of one group is fitted to: its own part of the moments of all channels."""
     inputs, outputs = block[0].size, len(block)
     rows, columns = slice(place * inputs, (place + 1) * inputs), slice(place * outputs, (place + 1) * outputs)
     gram = seen.gram[rows, rows]
+    metric = None if felt is None else Felt.of(felt[columns, columns])
     if seen.target_cross is None:
-        return Target(block, gram, None, None, ridge)
-    return Target(block, gram, seen.target_cross[rows, columns].T, seen.target_energy, ridge)
+        return Target(block, gram, None, None, ridge, felt=metric)
+    return Target(block, gram, seen.target_cross[rows, columns].T, seen.target_energy, ridge, felt=metric)
+
+
+def _felt_error(layer: Layer, chain: Sequence[Array]) -> float | None:
+    """Relative error of the output with every direction counted by what is felt of it; None where unknown."""
+    if any(target.felt is None for target in layer.targets):
+        return None
+
+    def size(target: Target, weight: Array) -> float:
+        assert target.felt is not None and target.gram is not None
+        turned = target.felt.turn(weight).reshape(len(weight), -1)
+        return max(float(np.vdot(turned @ target.gram, turned)), 0.0)
+
+    pairs = list(zip(layer.targets, multiply_out(chain), strict=True))
+    lost = sum(size(target, target.weight - made) for target, made in pairs)
+    norm = sum(size(target, target.weight) for target, _ in pairs)
+    return float(np.sqrt(lost / norm)) if norm > 0 else 0.0
 
 
 def _whitened(target: Target) -> Array:

@@ -36,7 +36,7 @@ ORDER = """
     augment trimming
     problem proposals
     latency building probes grids
-    probe_cache refine budget forms waves crossovers
+    probe_cache refine budget forms waves crossovers felt
     search reporting cascading nesting leveling adaptive run spread posteriors judging
     report
     frontiers deciding

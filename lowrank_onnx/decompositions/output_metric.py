@@ -72,6 +72,41 @@ def gentle_inverse(gram: Array) -> Callable[[Array], Array]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Felt:
+    """How much errors of the outputs matter, as a change of basis: plain least squares there is weighted here.
+
+    Attributes:
+        root: (O, O) upper triangular, ``|root e|² = eᵀ H e``.
+        inverse: Of root.
+    """
+
+    root: Array
+    inverse: Array
+
+    @classmethod
+    def of(cls, matrix: Array, share: float = 0.1) -> Felt:
+        """Read an estimate H (O, O), positive semi-definite, of any scale.
+
+        Args:
+            share: Of the mean diagonal, is put in for every channel alike: the estimate is noisy, and what is not
+                felt to first order may be felt later.
+        """
+        scale = float(np.trace(matrix)) / len(matrix)
+        even = np.eye(len(matrix))
+        metric = (1 - share) * matrix / scale + share * even if scale > 0 else even
+        root = scipy.linalg.cholesky((metric + metric.T) / 2)
+        return cls(root, scipy.linalg.solve_triangular(root, even))
+
+    def turn(self, weight: Array) -> Array:
+        """A weight (O, ...), or anything of its outputs, where errors count alike."""
+        return np.tensordot(self.root, weight, axes=1)
+
+    def back(self, weight: Array) -> Array:
+        """The inverse of ``turn``."""
+        return np.tensordot(self.inverse, weight, axes=1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerOutput:
     """What a layer's factors should give from the patches they are delivered.
 
