@@ -9,7 +9,8 @@ them (Hutchinson's estimate); signs of different positions cancel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -23,10 +24,12 @@ from lowrank_onnx.stream import Stream, levels
 from lowrank_onnx.validation import safe_batch
 
 STEP = 0.2  # of the channel's deviation: about what a rank takes away, so that kinks count as they will
-SAMPLES = 32
+SAMPLES = 256  # for one layer, at most
 _FEWEST = 4  # samples; fewer say more about themselves than about the layer
-_MACS = 1e12  # about half a minute's work
+_MACS = 1e12  # for all layers, about half a minute's work
+_LIVE_BYTES = 256 * 2**20  # of the widest output
 _ELEMENTS = 65_536  # of the outputs of one batch, a random sample
+_BATCH = 16
 
 
 def felt_of(
@@ -34,76 +37,112 @@ def felt_of(
 ) -> dict[str, Array]:
     """Measure H (O, O) by name of the site, on a few calibration samples; only its proportions mean something.
 
-    Sites with several uses, inside a subgraph or at the end of the model are left out. So are all where the
-    measurement would take too long, which grows with channels times multiply-accumulates.
+    Sites with several uses, inside a subgraph or at the end of the model are left out, and so are those where a
+    few samples would take too long: the work grows with channels times what lies behind them.
     """
     data = problem.genuine
-    chosen = [site for site in sites if len(site.uses) == 1 and not site.uses[0].scope]
-    samples = 0 if data is None else min(_affordable(chosen), SAMPLES, len(data))
-    if data is None or samples < _FEWEST:
+    samples = {} if data is None else _samples(sites, len(data))
+    if data is None or not samples:
         return {}
-    picked = np.sort(np.random.default_rng(problem.seed).permutation(len(data))[:samples])
+    picked = np.random.default_rng(problem.seed).permutation(len(data))[: max(samples.values())]
     subset = data.subset(by_length(data, picked.tolist()))
-    parts = list(batches(len(subset), min(safe_batch(problem.session, subset), 16)))
+    size = min(safe_batch(problem.session, subset), _BATCH, math.ceil(len(subset) / 2))
+    parts = list(batches(len(subset), size))
     stream = Stream(problem.model.proto, subset, parts, problem.runtime, problem.model.folder)
     masks = [padding_mask(entry, mask) for entry in stream.values]
+    chosen = [site for site in sites if site.name in samples]
     found = {}
     done = 0
     for group in levels(stream, [(place, (site,)) for place, site in enumerate(chosen)]):
         stream.advance([chosen[place].uses[0].output for place, _ in group])
         for place, _ in group:
-            felt = _felt(stream, chosen[place].uses[0].output, masks, (problem.seed, place))
+            site = chosen[place]
+            count = math.ceil(samples[site.name] / size)
+            # Spread over all: samples of like length stand side by side.
+            used = np.unique(np.linspace(0, len(parts) - 1, max(count, 2)).round().astype(int)).tolist()
+            felt = _felt(stream, site.uses[0].output, used, masks, (problem.seed, place))
             if felt is not None:
-                found[chosen[place].name] = felt
+                found[site.name] = felt
             done += 1
             if progress is not None:
                 progress("feel", done, len(chosen))
     return found
 
 
-def _affordable(sites: Sequence[Site]) -> int:
-    """How many samples may be looked at: every channel costs what lies behind its layer."""
-    behind, runs = 0.0, 0.0
-    for site in reversed(sites):  # in the order of the model
-        runs += behind * (site.uses[0].output_shape or (0, 0))[1]
+def _samples(sites: Sequence[Site], most: int) -> dict[str, int]:
+    """How many samples to shake a layer on, by name: all get the same time, and a channel costs what lies behind it."""
+    chosen = [site for site in sites if len(site.uses) == 1 and not site.uses[0].scope and site.uses[0].output_shape]
+    widest = max((4 * math.prod(site.uses[0].output_shape or ()) for site in chosen), default=1)
+    most = min(most, SAMPLES, _LIVE_BYTES // widest)
+    behind, found = 0, {}
+    for site in reversed(chosen):  # in the order of the model
+        shape = site.uses[0].output_shape
+        assert shape is not None
+        one = max(behind, site.macs or 1) * shape[1]
+        found[site.name] = int(min(_MACS / len(chosen) / one, most))
         behind += site.macs or 0
-    return int(_MACS / runs) if runs > 0 else 0
+    return {name: count for name, count in found.items() if count >= _FEWEST}
 
 
-def _felt(stream: Stream, name: str, masks: Sequence[Array | None], seed: tuple[int, int]) -> Array | None:
-    """H of one tensor (batch, O, *spatial); None where nothing of the outputs depends on it."""
+def _felt(
+    stream: Stream, name: str, used: Sequence[int], masks: Sequence[Array | None], seed: tuple[int, int]
+) -> Array | None:
+    """H of one tensor (batch, O, *spatial), on some of the batches; None where no output depends on it."""
     call = stream.behind(name)
     if call is None:
         return None
-    joined = np.concatenate(
-        [np.moveaxis(entry[name], 1, 0).reshape(entry[name].shape[1], -1) for entry in stream.values], axis=1
-    )
-    deviation = joined.std(axis=1, dtype=np.float64)
+    given = [np.moveaxis(stream.values[batch][name], 1, 0) for batch in used]
+    deviation = np.concatenate([value.reshape(len(value), -1) for value in given], axis=1).std(axis=1, dtype=np.float64)
     if not deviation.max() > 0:
         return None
     # A channel that never moves is shaken all the same: what replaces it may move.
     steps = STEP * np.maximum(deviation, 1e-2 * deviation.max())
-    total = np.zeros((len(steps), len(steps)))
-    for batch, (entry, keep) in enumerate(zip(stream.values, masks, strict=True)):
-        given = entry[name]
+    halves = np.zeros((2, len(steps), len(steps)))
+    for turn, batch in enumerate(used):
         rng = np.random.default_rng([*seed, batch])
-        signs = rng.choice(np.array([-1, 1], given.dtype), (len(given), *given.shape[2:]))
-        reference = visible_outputs(call(batch, given), keep)
-        scales = {key: 1 / max(float(np.linalg.norm(value)), 1e-30) for key, value in reference.items()}
-        picks = {
-            key: np.sort(rng.choice(value.size, min(value.size, _ELEMENTS), replace=False))
-            for key, value in reference.items()
-        }
-        answers = []
-        for channel, step in enumerate(steps):
-            shaken = given.copy()
-            shaken[:, channel] += signs * given.dtype.type(step)
-            made = visible_outputs(call(batch, shaken), keep)
-            answers.append(
-                np.concatenate(
-                    [(made[key] - reference[key]).ravel()[picks[key]] * (scales[key] / step) for key in reference]
-                )
-            )
-        changes = np.stack(answers)
-        total += changes @ changes.T
-    return total if np.isfinite(total).all() and np.trace(total) > 0 else None
+        changes = _shaken(call, batch, stream.values[batch][name], masks[batch], steps, rng)
+        halves[turn % 2] += changes @ changes.T
+    return agreed(halves)
+
+
+def _shaken(
+    call: Callable[[int, Array], Mapping[str, Array]],
+    batch: int,
+    given: Array,
+    keep: Array | None,
+    steps: Array,
+    rng: np.random.Generator,
+) -> Array:
+    """(O, n) what becomes of n numbers of the outputs when one channel after the other is shaken, by unit of step."""
+    signs = rng.choice(np.array([-1, 1], given.dtype), (len(given), *given.shape[2:]))
+    reference = visible_outputs(call(batch, given), keep)
+    scales = {key: 1 / max(float(np.linalg.norm(value)), 1e-30) for key, value in reference.items()}
+    picks = {
+        key: rng.choice(value.size, _ELEMENTS, replace=False) if value.size > _ELEMENTS else slice(None)
+        for key, value in reference.items()
+    }
+    answers = []
+    for channel, step in enumerate(steps):
+        moved = given.copy()
+        moved[:, channel] += signs * given.dtype.type(step)
+        made = visible_outputs(call(batch, moved), keep)
+        parts = [(made[key] - reference[key]).ravel()[picks[key]] * (scales[key] / step) for key in reference]
+        answers.append(np.concatenate(parts))
+    return np.stack(answers)
+
+
+def agreed(halves: Array) -> Array | None:
+    """The sum of two estimates (2, O, O), with what stands off the diagonal cut to the share both agree on.
+
+    Noise raises the energy of the sum, and not the product of the two (as Schäfer & Strimmer 2005 shrink
+    correlations, their variance taken from the halves).
+    """
+    total = halves[0] + halves[1]
+    diagonal = np.diag(np.diag(total))
+    if not np.isfinite(total).all() or not np.trace(total) > 0:
+        return None
+    scale = np.sqrt(np.maximum(np.diag(total), 1e-12 * np.trace(total)))
+    first, second = (half / np.outer(scale, scale) * (1 - np.eye(len(scale))) for half in halves)
+    energy = float(np.sum((first + second) ** 2))
+    share = min(max(4 * float(np.vdot(first, second)) / energy, 0.0), 1.0) if energy > 0 else 0.0
+    return np.asarray(diagonal + share * (total - diagonal))
