@@ -16,6 +16,7 @@ from lowrank_onnx.decompositions.output_metric import Felt
 from lowrank_onnx.felt import agreed, felt_of
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.passes import PASSES
+from lowrank_onnx.patches import as_linear
 from lowrank_onnx.pipeline import techniques_of
 from lowrank_onnx.problem import Problem
 from lowrank_onnx.rewrite import rewrite
@@ -179,6 +180,27 @@ def test_a_chain_is_fitted_to_what_is_felt_when_refitted_too(name: str) -> None:
             losses[key, step] = felt_loss(values, given, matrix, 1)
     assert losses["felt", "first"] < 0.97 * losses["even", "first"]
     assert losses["felt", "again"] < 0.97 * losses["even", "again"]
+
+
+@each_technique
+def test_a_wanted_output_is_turned_like_the_weight(technique: type[Pass]) -> None:
+    proto, x = layer(1)
+    posed = problem(proto, {"x": x})
+    (site,) = posed.sites
+    entry = technique()
+    (seen,) = told(posed, skewed(1)).values()
+    analysis = entry.analyse(site, {site.uses[0].input: seen})
+    candidate = entry.candidate(site, analysis, entry.ranks(site, analysis)[0])
+    factors = entry.factorize(site, analysis, candidate)
+    flat = as_linear(site).weight.astype(np.float64)
+    energy = float(np.vdot(flat, seen.gram @ flat))
+    own = dataclasses.replace(
+        seen, target_cross=seen.gram @ flat, target_mean=seen.mean @ flat, target_energy=energy
+    )  # what the weight gives anyway
+    products = [
+        entry.effective(site, candidate, entry.refit(site, candidate, factors, m, 0.01))[0] for m in (seen, own)
+    ]
+    assert difference(products[1], products[0]) < 1e-5
 
 
 def test_a_run_measures_it_and_refining_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
