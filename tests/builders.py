@@ -118,3 +118,10 @@ def factorized(posed: Problem, technique: Pass, site: Site, ranks: tuple[int, ..
     candidate = technique.candidate(site, analysis, ranks)
     factors = technique.factorize(site, analysis, candidate)
     return rewrite(posed.model, technique.emit(site, candidate, factors))
+
+
+def root_probabilities(scores: Array) -> Array:
+    """√p (..., classes) behind a softmax; the squared distance of two such rows is half of KL where they are near."""
+    scores = scores.astype(np.float64)
+    raised = np.exp((scores - scores.max(axis=-1, keepdims=True)) / 2)
+    return np.asarray(raised / np.linalg.norm(raised, axis=-1, keepdims=True))

@@ -12,12 +12,22 @@ import scipy.linalg
 from onnx import ModelProto
 
 from lowrank_onnx.base import Pass
-from lowrank_onnx.metrics import root_probabilities
 from lowrank_onnx.model import parameter_count
 from lowrank_onnx.passes.logits import Logits
 from lowrank_onnx.passes.svd import SVD
 from lowrank_onnx.pipeline import apply, compress
-from tests.builders import Array, answers, build, correlated, difference, factorized, falling, moments, problem
+from tests.builders import (
+    Array,
+    answers,
+    build,
+    correlated,
+    difference,
+    factorized,
+    falling,
+    moments,
+    problem,
+    root_probabilities,
+)
 
 TEXT = "g (float[n,12] x) => (float[n,60] logits) { m = MatMul(x, w)  logits = Add(m, b) }"
 

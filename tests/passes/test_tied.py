@@ -13,12 +13,11 @@ import pytest
 from onnx import ModelProto
 
 from lowrank_onnx.decompositions.tied_rows import tied_basis
-from lowrank_onnx.metrics import root_probabilities
 from lowrank_onnx.model import parameter_count
 from lowrank_onnx.passes.tied import Tied
 from lowrank_onnx.pipeline import compress
 from lowrank_onnx.rewrite import rewrite
-from tests.builders import Array, answers, build, difference, falling, furthest, moments, problem
+from tests.builders import Array, answers, build, difference, falling, furthest, moments, problem, root_probabilities
 
 HEADS = {
     "MatMul": "h = MatMul(e, w)  t = Transpose<perm=[1,0]>(E)  l = MatMul(h, t)  logits = Add(l, b)",
