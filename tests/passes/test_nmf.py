@@ -12,7 +12,8 @@ import pytest
 from onnx import ModelProto
 
 import lowrank_onnx
-from lowrank_onnx.decompositions.nmf import semi_nmf
+from lowrank_onnx.decompositions.nmf import semi_nmf, sparser
+from lowrank_onnx.decompositions.rows import pseudo_count
 from lowrank_onnx.errors import LowRankError
 from lowrank_onnx.labels import read_labels, strongest_rows
 from lowrank_onnx.memory import session_rss_bytes
@@ -111,6 +112,24 @@ def test_zeros_asked_for_are_made_up_for_by_the_other_factor() -> None:
     weights = (seen["i"].total + 1)[:, None]
     best = np.linalg.lstsq(np.sqrt(weights) * first, np.sqrt(weights) * table, rcond=None)[0]
     np.testing.assert_allclose(second, best, rtol=1e-3, atol=1e-5)
+
+
+def test_sparse_components_keep_their_largest_entries_and_never_none() -> None:
+    factor = np.array([[3.0, 1.0, 2.0, 4.0], [0.0, 5.0, 0.0, 1.0]])
+    assert sparser(factor, 0.5).tolist() == [[3, 0, 0, 4], [0, 5, 0, 1]]
+    assert sparser(factor, 0.99).tolist() == [[0, 0, 0, 4], [0, 5, 0, 0]]
+    assert np.array_equal(sparser(factor[:, :1], 0.99), factor[:, :1])
+    assert np.array_equal(sparser(factor, 1.0), sparser(factor, 0.99))
+
+
+def test_smoothing_is_chosen_where_it_is_not_given() -> None:
+    proto, ids = model()
+    posed = problem(proto, ids)
+    site = next(site for site in posed.sites if site.kind == "embedding")
+    seen = moments(posed)[site.name]
+    chosen = NMF(smoothing=0).analyse(site, seen).weights - seen["i"].total
+    np.testing.assert_allclose(chosen, pseudo_count(seen["i"].total, seen["i"].held))
+    assert chosen[0] not in (0.0, 1.0)
 
 
 def test_components_are_largest_first_and_hold_no_zero_rows() -> None:
