@@ -79,7 +79,7 @@ class Run:
     progress: Progress | None = None
 
     def observe(self) -> dict[str, dict[str, Moments | Counts]]:
-        """Statistics by site and input, on the calibration data; empty without."""
+        """Statistics by site and input, on the calibration data, what is felt of errors among them; empty without."""
         problem = self.problem
         if problem.training is None:
             return {}
@@ -88,15 +88,13 @@ class Run:
             data, mask = problem.training, self.settings.mask
             seen = observe(problem.model, problem.sites, data, problem.runtime, mask, self.progress, copies)
             takers = [entry for entry in self.settings.techniques if "convolution" in entry.kinds]
-            cut = [
+            fitted = [
                 site
                 for site in problem.sites
-                if site.kind == "convolution" and any(entry.refuse(site) is None for entry in takers)
+                if site.kind == "convolution"
+                and site.name in seen
+                and any(entry.refuse(site) is None for entry in takers)
             ]
-            for name, felt in felt_of(problem, cut, mask, self.progress).items():
-                seen[name] = {
-                    key: dataclasses.replace(entry, felt=felt)
-                    for key, entry in seen[name].items()
-                    if isinstance(entry, Moments)
-                }
+            for name, felt in felt_of(problem, fitted, mask, self.progress).items():
+                seen[name] = {key: dataclasses.replace(entry, felt=felt) for key, entry in seen[name].items()}
             return seen

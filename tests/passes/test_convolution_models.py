@@ -42,10 +42,23 @@ def test_refitting_brings_the_answers_nearer() -> None:
     data, unseen = {"x": images(40)}, images(50)[40:]
     expected = answers(net(), {"x": unseen})["y"]
     errors = [
-        difference(answers(run(net(), data, 0.4, refine=refine).model, {"x": unseen})["y"], expected)
+        difference(
+            answers(run(net(), data, 0.5, refine=refine, technique=["spatial"]).model, {"x": unseen})["y"], expected
+        )
         for refine in (True, False)
     ]
     assert errors[0] < 0.98 * errors[1]
+
+
+@pytest.mark.parametrize("refine", [True, False])
+def test_fitting_to_what_is_felt_brings_the_answers_nearer(refine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, unseen = {"x": images(40)}, images(80)[40:]
+    expected = answers(net(), {"x": unseen})["y"]
+    felt = run(net(), data, 0.5, refine=refine)
+    monkeypatch.setattr("lowrank_onnx.run.felt_of", lambda *_: {})
+    even = run(net(), data, 0.5, refine=refine)
+    errors = [difference(answers(made.model, {"x": unseen})["y"], expected) for made in (felt, even)]
+    assert errors[0] < 0.95 * errors[1]
 
 
 def test_every_layer_that_pays_takes_part() -> None:
