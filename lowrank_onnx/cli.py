@@ -553,9 +553,8 @@ def _tell_levels(content: Mapping[str, Any]) -> None:
         speeds = [speed for speed in entry["against_static"] if speed is not None]
         speed = f"; {min(speeds):.2f} to {max(speeds):.2f} times as fast as levels alone" if speeds else ""
         chosen = "" if entry["chosen"] else " (not written)"
-        click.echo(
-            f"levels as {entry['form']}: {entry['files']} file{'s' * (entry['files'] > 1)}, {entry['size_bytes']} bytes{speed}{chosen}"
-        )
+        files = "1 file" if entry["files"] == 1 else f"{entry['files']} files"
+        click.echo(f"levels as {entry['form']}: {files}, {entry['size_bytes']} bytes{speed}{chosen}")
     table = Table(title="levels", title_justify="left")
     for heading in ("", "MACs", "speed-up (95 %)", "against its own file", "drop", "cosine", "agreement"):
         table.add_column(heading, justify="right")
