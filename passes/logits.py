@@ -75,6 +75,7 @@ class Logits(Pass):
     name = "logits"
     kinds = ("linear",)
     reference = "Fisher metric of a softmax: Amari 1998, doi:10.1162/089976698300017746; FWSVD, arXiv:2207.00112"
+    default = False
     needs_data = True
     multiple: int = 0
     ridge: float = 0.01

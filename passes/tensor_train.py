@@ -11,6 +11,7 @@ from typing import Any
 
 from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish, Replacement, Site
 from lowrank_onnx.linalg import Array
+from lowrank_onnx.passes.convolution import Layer
 from lowrank_onnx.passes.tensor_train_convolution import TensorTrainConvolution
 from lowrank_onnx.passes.tensor_train_embedding import TensorTrainEmbedding
 
@@ -85,6 +86,10 @@ class TensorTrain(Pass):
     def refit(self, site: Site, candidate: Candidate, factors: Factors, moments: Moments, ridge: float) -> Factors:
         """See Pass.refit."""
         return self._of(site).refit(site, candidate, factors, moments, ridge)
+
+    def felt(self, analysis: Any) -> Array | None:
+        """See Pass.felt."""
+        return analysis.felt if isinstance(analysis, Layer) else None
 
     def effective(self, site: Site, candidate: Candidate, factors: Factors) -> tuple[Array, Array | None]:
         """See Pass.effective."""

@@ -125,11 +125,15 @@ def test_what_is_no_head_is_refused() -> None:
     assert reason("g (float[n,12] x) => (float[n,60] logits) { logits = MatMul(x, w) }") is None
 
 
-def test_a_budget_prefers_it_where_it_is_better() -> None:
+def test_a_budget_keeps_more_of_the_best_classes_than_with_svd() -> None:
     proto, data = model()
-    report = compress(proto, {"keep_params": 0.7}, calibrate=data, cache=False).report
-    (row,) = report["sites"]
-    assert row["technique"] == "logits" and report["fidelity"]["agreement"] > 0.9
+    kept = {
+        technique: compress(proto, {"keep_params": 0.7}, technique=[technique], calibrate=data, cache=False).report[
+            "fidelity"
+        ]["agreement"]
+        for technique in ("svd", "logits")
+    }
+    assert kept["logits"] > max(0.9, kept["svd"])
 
 
 FORMS = {
