@@ -51,6 +51,7 @@ class Settings:
         augment: Calibrate text on samples with exchanged tokens as well.
         minimize: What ``max_drop`` makes as small as it can: latency, macs, size or params.
         cache: Use and keep what was measured in earlier runs.
+        felt: Fit convolutions to what the outputs feel of their errors.
     """
 
     techniques: tuple[Pass, ...]
@@ -62,6 +63,7 @@ class Settings:
     augment: bool = True
     minimize: str = "latency"
     cache: bool = True
+    felt: bool = True
 
     @property
     def matrices(self) -> bool:
@@ -87,6 +89,8 @@ class Run:
             copies = len(problem.training) - len(problem.calibrate or ())
             data, mask = problem.training, self.settings.mask
             seen = observe(problem.model, problem.sites, data, problem.runtime, mask, self.progress, copies)
+            if not self.settings.felt:
+                return seen
             takers = [entry for entry in self.settings.techniques if "convolution" in entry.kinds]
             fitted = [
                 site

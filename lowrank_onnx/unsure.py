@@ -47,7 +47,8 @@ def compress_unsure(
     mask = run.settings.mask
     emitted = () if outputs is None else check_outputs(run.problem, outputs)
     fitted, held = hold_out(run.problem, option, mask, run.settings.augment)
-    run = dataclasses.replace(run, problem=fitted)
+    # What is left of errors behind such a fit is what no layer tells of: the deviation would be predicted worse.
+    run = dataclasses.replace(run, problem=fitted, settings=dataclasses.replace(run.settings, felt=False))
     planned = decide(run, target)
     plain, spreads = planned.selection, list[Spread]()
     if emitted:
