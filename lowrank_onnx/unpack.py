@@ -258,6 +258,7 @@ class _Graph:
         if [list(entry.ints) for entry in turns[0].attribute] != [[2, 0, 3, 1, 4]]:
             return None
         nodes, parts = [split, turns[0]], []
+        ends: list[tuple[int, str]] = []  # parts that still have the axis they were cut along
         for node in self.readers.get(turns[0].output[0], []):
             nodes.append(node)
             axis = next((entry.i for entry in node.attribute if entry.name == "axis"), 0)
@@ -265,21 +266,34 @@ class _Graph:
             if index is not None and index.ndim == 0 and axis == 0:
                 parts.append((int(index) % 3, node.output[0]))
             elif node.op_type == "Split" and len(node.output) == 3 and axis == 0:
-                for place, part in enumerate(node.output):
-                    after = self.readers.get(part, [])
-                    axes = [] if len(after) != 1 or after[0].op_type != "Squeeze" else self.squeezed(after[0])
-                    if axes != [0] or part in self.kept:
-                        return None
-                    nodes.append(after[0])
-                    parts.append((place, after[0].output[0]))
+                ends += list(enumerate(node.output))
+            elif (bounds := self.sliced(node)) is not None and bounds[2] == 0 and min(bounds[1], 3) - bounds[0] == 1:
+                ends.append((bounds[0], node.output[0]))
             else:
                 return None
+        for place, part in ends:
+            after = self.readers.get(part, [])
+            axes = [] if len(after) != 1 or after[0].op_type != "Squeeze" else self.squeezed(after[0])
+            if axes != [0] or part in self.kept:
+                return None
+            nodes.append(after[0])
+            parts.append((place, after[0].output[0]))
         parts.sort()
         if [place for place, _ in parts] != [0, 1, 2] or {split.output[0], turns[0].output[0]} & self.kept:
             return None
         each = width // 3
         whole = tuple(entry if isinstance(entry, str) else np.array([entry]) for entry in (*flat[:2], *flat[3:]))
         return tuple(nodes), tuple((part, place * each, place * each + each) for place, part in parts), whole
+
+    def sliced(self, node: NodeProto) -> tuple[int, int, int] | None:
+        """Start, end and axis of a Slice along one axis in steps of one; None for any other node."""
+        if node.op_type != "Slice" or len(node.input) < 4:
+            return None
+        values = [self.value(entry) for entry in node.input[1:]]
+        if any(value is None or value.size != 1 for value in values):
+            return None
+        start, end, axis, *step = (int(value.reshape(-1)[0]) for value in values if value is not None)
+        return (start, end, axis) if step in ([], [1]) else None
 
     def squeezed(self, node: NodeProto) -> list[int]:
         """The axes a Squeeze takes out."""
@@ -326,17 +340,14 @@ class _Graph:
             return (readers[0],), tuple(
                 (part, int(start), int(end)) for part, start, end in zip(readers[0].output, starts, ends, strict=True)
             )
-        if len(readers) != 3 or any(node.op_type != "Slice" or len(node.input) < 4 for node in readers):
+        bounds = [self.sliced(node) for node in readers]
+        if len(readers) != 3 or any(entry is None or entry[2] not in (-1, 2) for entry in bounds):
             return None
-        parts = []
-        for node in readers:
-            values = [self.value(entry) for entry in node.input[1:]]
-            if any(value is None or value.size != 1 for value in values):
-                return None
-            start, end, axis, *step = (int(value.reshape(-1)[0]) for value in values if value is not None)
-            if axis not in (-1, 2) or step not in ([], [1]):
-                return None
-            parts.append((node.output[0], start, min(end, width)))
+        parts = [
+            (node.output[0], entry[0], min(entry[1], width))
+            for node, entry in zip(readers, bounds, strict=True)
+            if entry is not None
+        ]
         parts.sort(key=lambda part: part[1])
         borders = [part[1] for part in parts] + [width]
         if borders[0] != 0 or [part[2] for part in parts] != borders[1:]:

@@ -628,6 +628,9 @@ class _Look:
             elif node.op_type == "Reshape" and (repeated := self.repeated(node, way)) is not None:
                 name, met = repeated
                 continue
+            elif node.op_type == "Reshape" and (flattened := self.flattened(node, way)) is not None:
+                name, met = flattened
+                continue
             elif node.op_type == "Reshape":
                 return self.split(node, way) if way.turned == order else None
             elif node.op_type not in _PASSES_ON:
@@ -684,6 +687,36 @@ class _Look:
         way.shared *= shared
         way.between += [spread.output[0], inner.output[0]]
         return inner.input[0], {inner.name}
+
+    def flattened(self, node: NodeProto, way: _Way) -> tuple[str, set[str]] | None:
+        """Read heads whose last axes are exchanged while batch and head are one axis; where it comes from.
+
+        Both Reshapes have to follow the width by themselves: they ask its tensor for the shape.
+        """
+        turn = self.scope.producers.get(node.input[0])
+        if turn is None or turn.op_type != "Transpose" or attribute_list(turn, "perm") != (0, 2, 1):
+            return None
+        flat = self.scope.producers.get(turn.input[0])
+        if flat is None or flat.op_type != "Reshape" or not all(map(self.read_once, (turn.output[0], turn.input[0]))):
+            return None
+        name = flat.input[0]
+        shapes = [shape_of(self.shapes, self.scope, entry) for entry in (name, flat.output[0], node.output[0])]
+        if shapes[0] is None or len(shapes[0]) != 4:
+            return None
+        batch, heads, rows, columns = shapes[0]
+        if shapes[1] != (batch * heads, rows, columns) or shapes[2] != (batch, heads, columns, rows):
+            return None
+        turned = tuple((0, 1, 3, 2)[axis] for axis in way.turned)
+        axis = replace(way, turned=turned).place(3)
+        widths = Widths(self.model, self.scope, {name: (4, axis)})
+        for target, place in ((flat, axis - 1), (node, 5 - axis)):
+            for tried in (shapes[0][axis], 2 * shapes[0][axis]):
+                asked = widths.at(target.input[1], tried)
+                if asked is None or asked[place] != tried:
+                    return None
+        way.turned = turned
+        way.between += [turn.output[0], flat.output[0]]
+        return name, {flat.name}
 
     def numbers(self, name: str) -> tuple[int, ...]:
         """The whole numbers of a constant; none of anything else."""

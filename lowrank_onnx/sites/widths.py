@@ -37,7 +37,7 @@ class Widths:
         node = self.scope.producers.get(name)
         if node is None or node.domain not in ("", "ai.onnx"):
             return None
-        if node.op_type == "Shape" and node.input[0] in self.axes and not node.attribute:
+        if node.op_type == "Shape" and node.input[0] in self.axes and not _of_some_axes(node):
             rank, axis = self.axes[node.input[0]]
             shape = np.full(rank, np.nan)
             shape[axis] = width
@@ -66,3 +66,8 @@ class Widths:
         if node.op_type == "Sqrt":
             return np.sqrt(first)
         return 1 / first if node.op_type == "Reciprocal" else None
+
+
+def _of_some_axes(node: NodeProto) -> bool:
+    """Whether a Shape leaves axes out."""
+    return any(entry.name == "end" or entry.i != 0 for entry in node.attribute)
