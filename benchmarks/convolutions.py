@@ -29,8 +29,8 @@ from lowrank_onnx.probes import damage_of
 from lowrank_onnx.problem import Problem, pose
 from lowrank_onnx.proposals import propose
 from lowrank_onnx.refine import refine
+from lowrank_onnx.run import Run, Settings
 from lowrank_onnx.runtime import Runtime, open_session
-from lowrank_onnx.statistics import observe
 from lowrank_onnx.validation import benchmark, compare
 
 ROWS: tuple[tuple[str, tuple[Pass, ...], bool], ...] = (
@@ -55,8 +55,8 @@ def main() -> None:
     calibrate, evaluate = (options.folder / name for name in ("calibrate.npz", "evaluate.npz"))
     runtime = Runtime(threads=options.threads)
     problem = pose(options.folder / "model.onnx", runtime, calibrate, evaluate, options.metric)
-    assert problem.calibrate is not None and problem.feeds is not None
-    moments = observe(problem.model, problem.sites, problem.calibrate, problem.runtime)
+    assert problem.feeds is not None
+    moments = Run(problem, Settings((*ROWS[-1][1], SVD()))).observe()
     print("| structure | keep | MACs | metric | agreement | relative error dB | speed-up | seconds |")
     print("|---|---|---|---|---|---|---|---|")
     for name, passes, ours in ROWS:

@@ -90,7 +90,7 @@ _augment = click.option(
     is_flag=True,
     flag_value=False,
     default=True,
-    help="Calibrate text on the given samples alone, without copies with exchanged tokens.",
+    help="Calibrate on the given samples alone, without copies with exchanged tokens or mirrored images.",
 )
 _io_change = click.option(
     "--allow-io-change",

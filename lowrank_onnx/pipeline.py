@@ -151,7 +151,8 @@ def compress(
         jobs: Processes that decompose.
         scheduler: Address of a Dask scheduler whose workers decompose instead, ``tcp://host:8786``.
         refine: Refit the factors on what the compressed model delivers; needs calibration data.
-        augment: Where the data show little of a vocabulary, calibrate on copies with exchanged tokens as well.
+        augment: Where the data show little of a vocabulary, calibrate on copies with exchanged tokens as well; where
+            images show few positions and the model takes mirrored ones for alike, on those too.
         minimize: What ``max_drop`` makes as small as it can: ``latency``, ``macs``, ``size`` or ``params``.
         cache: Use and keep what was measured in earlier runs.
         labels: A file of names, one a line, of the rows of non-negative factors; the report lists the strongest.

@@ -16,6 +16,7 @@ from lowrank_onnx.data import Dataset, InputSpec, load_data
 from lowrank_onnx.errors import DataError, LowRankError, MetricError, ModelError
 from lowrank_onnx.feeds import Feeds, choose_feeds, read_shapes
 from lowrank_onnx.metrics import Metric, resolve_metric
+from lowrank_onnx.mirror import mirror_images
 from lowrank_onnx.model import Model, from_proto, load
 from lowrank_onnx.runtime import Runtime, input_specs, open_session
 from lowrank_onnx.shapes import Shapes, measure_shapes, static_shapes
@@ -118,7 +119,8 @@ def pose(
     Args:
         allow_io_change: Whether inputs and outputs that hold a cache may change their shape.
         matrices: Whether attention without its layers is a site too.
-        augment: Whether samples may be made of the given ones, where those show little of a vocabulary.
+        augment: Whether samples may be made of the given ones, where those show little of a vocabulary or few
+            positions of images.
 
     Raises:
         LowRankError: Model, data, metric or shapes are wrong; see the modules that load them.
@@ -197,7 +199,9 @@ def training_data(
 ) -> Dataset:
     """The calibration data without needless padding, and behind them copies where those help."""
     shorter = trimmed(session, calibrate, mask)
-    return (exchange_tokens(shorter, sites, mask, seed) if augment else None) or shorter
+    if not augment:
+        return shorter
+    return exchange_tokens(shorter, sites, mask, seed) or mirror_images(session, shorter, sites) or shorter
 
 
 def _require_steps(model: Model, data: Dataset | None, option: str) -> None:

@@ -292,9 +292,11 @@ def _data(problem: Problem) -> dict[str, Any]:
     if calibrate is None:
         note = "no calibration data: every layer was judged by its weight alone; give --calibrate for better factors"
     elif problem.training is not None and len(problem.training) > len(calibrate):
+        images = all(column.array.dtype.kind == "f" for column in calibrate.inputs.values())
+        made = "mirrored: the images show few positions" if images else "with some tokens exchanged: the data show "
+        made += "" if images else "a small part of the vocabulary"
         note = (
-            f"calibrated on the {len(calibrate)} samples and as many copies with some tokens exchanged: the data show "
-            "a small part of the vocabulary (--no-augment leaves the copies out)"
+            f"calibrated on the {len(calibrate)} samples and as many copies {made} (--no-augment leaves the copies out)"
         )
     return {
         "calibrate": None if calibrate is None else calibrate.source,

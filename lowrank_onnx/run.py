@@ -48,7 +48,7 @@ class Settings:
         mask: Input that marks real rows.
         workers: Who decomposes.
         refine: Refit the factors on what the compressed model delivers.
-        augment: Calibrate text on samples with exchanged tokens as well.
+        augment: Calibrate on samples with exchanged tokens or mirrored images as well.
         minimize: What ``max_drop`` makes as small as it can: latency, macs, size or params.
         cache: Use and keep what was measured in earlier runs.
         felt: Fit convolutions to what the outputs feel of their errors.

@@ -33,7 +33,7 @@ ORDER = """
     level_files
     allocation target plans weighing
     validation memory
-    augment trimming
+    augment mirror trimming
     problem proposals
     latency building probes grids
     probe_cache refine budget forms waves crossovers felt
