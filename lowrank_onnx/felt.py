@@ -30,6 +30,7 @@ _MACS = 1e12  # for all layers, about half a minute's work
 _LIVE_BYTES = 256 * 2**20  # of the widest output
 _ELEMENTS = 65_536  # of the outputs of one batch, a random sample
 _BATCH = 16
+_SHOWN = 3  # names of layers in a message
 
 
 def felt_of(
@@ -67,6 +68,21 @@ def felt_of(
             if progress is not None:
                 progress("feel", done, len(chosen))
     return found
+
+
+def left_out(problem: Problem, sites: Sequence[Site]) -> str:
+    """Tell in a clause which of the layers given to ``felt_of`` it leaves out, and why; empty where it takes all."""
+    data = problem.genuine
+    samples = {} if data is None else _samples(sites, len(data))
+    names = [site.name for site in sites if site.name not in samples]
+    if data is None or not names:
+        return ""
+    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    if len(data) < _FEWEST:
+        why = f"what the model feels of them takes {_FEWEST} calibration samples at least, and there are {len(data)}"
+    else:
+        why = "measuring what the model feels of them would take too long, or is not possible where they stand"
+    return f"errors of all output channels count alike in {shown}: {why}"
 
 
 def _samples(sites: Sequence[Site], most: int) -> dict[str, int]:

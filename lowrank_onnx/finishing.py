@@ -71,6 +71,7 @@ def finish(
         # One sample tells one of two costs.
         measured = dataclasses.replace(measured, timing=cascade.timing)
     report = compress_report(problem, target, planned, measured, run.clock.total(), labels)
+    report["data"]["note"] = "; ".join(filter(None, [report["data"]["note"], *run.notes]))
     if cascade is not None:
         content["setting"]["cascade"] = cascade.told
         report["cascade"] = cascade.told

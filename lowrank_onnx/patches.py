@@ -21,7 +21,7 @@ import scipy.linalg
 from lowrank_onnx.base import Site
 from lowrank_onnx.linalg import Array
 
-POSITIONS = 20_000  # of all samples together; 35 for every column of a 3 x 3 patch of 64 channels
+POSITIONS = 20_000  # of all samples together, copies apart; 35 for every column of a 3 x 3 patch of 64 channels
 WIDEST = 4608  # 512 channels under 3 x 3; wider patches need more positions and hours of algebra
 
 

@@ -118,6 +118,7 @@ def refine(
         by_length(data, part)
         for part in _split(problem, [choices[place] for place in places], samples, len(data) // samples)
     )
+    drawn = sum(place < samples for place in (*train, *held))  # the copies' positions come on top
     size = min(safe_batch(problem.session, data), 16)
     groups = [list(batch) for part in (train, held) for batch in _chunks(part, size)]
     seen = len(list(_chunks(train, size)))
@@ -143,7 +144,7 @@ def refine(
             now = factorize([task.choice])[task.choice.proposal.site.name] if task.layer else made[site.name]
             train_sums, held_sums, plain_sums = _Sums(), _Sums(), _Sums()
             for batch, keep in enumerate(masks):
-                rows = _rows(members, dense.values[batch], keep, batch, len(groups[batch]), len(train) + len(held))
+                rows = _rows(members, dense.values[batch], keep, batch, len(groups[batch]), drawn)
                 x, source, t = _values(members, dense.values[batch], small.values[batch], rows)
                 if batch < seen:
                     plain_sums.add(technique.delivered(now, source), t)
@@ -271,8 +272,9 @@ def _split(problem: Problem, choices: Sequence[Choice], samples: int, copies: in
     picked = np.random.default_rng(problem.seed).permutation(samples)[:count]
     held = max(int(HELD_OUT * count), 1)
     real = sorted(picked[held:].tolist())
-    # Of the copies every other one: they bring less than real samples do, and cost as much memory.
-    train = [*real, *(place + copy * samples for copy in range(1, copies) for place in real[::2])]
+    # Of copied text every other one: it brings less than real samples do, and costs as much memory.
+    step = 1 if any(choice.proposal.site.kind == "convolution" for choice in choices) else 2
+    train = [*real, *(place + copy * samples for copy in range(1, copies) for place in real[::step])]
     return train, sorted(picked[:held].tolist())
 
 

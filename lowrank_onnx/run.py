@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from lowrank_onnx.base import Counts, Moments, Pass
-from lowrank_onnx.felt import felt_of
+from lowrank_onnx.felt import felt_of, left_out
 from lowrank_onnx.problem import Problem
 from lowrank_onnx.statistics import Progress, observe
 from lowrank_onnx.workers import HERE, Workers
@@ -73,12 +73,13 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run of the tool on one model."""
+    """One run of the tool on one model; what the user should know of it besides figures collects in ``notes``."""
 
     problem: Problem
     settings: Settings
     clock: Clock = field(default_factory=Clock)
     progress: Progress | None = None
+    notes: list[str] = field(default_factory=list)
 
     def observe(self) -> dict[str, dict[str, Moments | Counts]]:
         """Statistics by site and input, on the calibration data, what is felt of errors among them; empty without."""
@@ -99,6 +100,8 @@ class Run:
                 and site.name in seen
                 and any(entry.refuse(site) is None for entry in takers)
             ]
+            if told := left_out(problem, fitted):
+                self.notes[:] = [told]
             for name, felt in felt_of(problem, fitted, mask, self.progress).items():
                 seen[name] = {key: dataclasses.replace(entry, felt=felt) for key, entry in seen[name].items()}
             return seen

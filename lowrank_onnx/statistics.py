@@ -162,7 +162,7 @@ def observe(
                 if indices[0] >= genuine and isinstance(layout, Lookup):
                     continue
                 value = feeds[name] if name in feeds else values[name]
-                count = positions_of(len(indices), len(dataset))
+                count = positions_of(len(indices), genuine)  # those of copies come on top
                 met = choose_rows(layout, value.shape, keep, count, indices[0]).of_input(value)
                 sums[key].add(met)
                 if layout == "last":

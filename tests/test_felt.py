@@ -87,6 +87,20 @@ def test_nothing_is_measured_that_takes_too_long(monkeypatch: pytest.MonkeyPatch
     assert felt_of(problem(proto), posed.sites, None) == {}
 
 
+def test_the_report_tells_what_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    proto, x = mixed(np.random.default_rng(3).standard_normal((3, 16)), "r = Relu(h)")
+
+    def note(count: int) -> str:
+        options: dict[str, Any] = {"technique": ["channel"], "threads": 1, "cache": False, "augment": False}
+        made = compress(proto, {"rank": 4}, calibrate={"x": x[:count]}, **options)
+        return str(made.report["data"]["note"])
+
+    assert note(24) == ""
+    assert "alike in first, second: " in note(3) and "at least, and there are 3" in note(3)
+    monkeypatch.setattr(felt, "_MACS", 1.0)
+    assert "alike in first, second: " in note(24) and "too long" in note(24)
+
+
 def test_the_change_of_basis() -> None:
     rng = np.random.default_rng(0)
     half = rng.standard_normal((5, 9))

@@ -13,12 +13,12 @@ from onnx import ModelProto
 
 from tests.builders import Array
 
-OPSETS = (7, 11, 17, 22)
+OPSETS = (7, 11, 17, 22, 24)
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """One node and the size of its map."""
+    """One node and the size of its map; attributes that have a default are left out if not ``spelled``."""
 
     outputs: int
     inputs: int
@@ -33,6 +33,7 @@ class Convolution:
     output_padding: tuple[int, ...]
     spatial: tuple[int, ...]
     opset: int
+    spelled: bool
 
 
 @st.composite
@@ -48,7 +49,7 @@ def convolutions(
 
     kernel, strides, dilations = axes(1, 3), axes(1, 2), axes(1, 2)
     reach = [(length - 1) * dilation + 1 for length, dilation in zip(kernel, dilations, strict=True)]
-    auto_pad = "NOTSET" if transposed else draw(st.sampled_from(["NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"]))
+    auto_pad = draw(st.sampled_from(["NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"]))
     if auto_pad.startswith("SAME"):  # onnxruntime takes dilation and SAME together in few kernels
         dilations = (1,) * count
     pads = tuple(min(pad, length) for pad, length in zip(axes(0, 2, 2), [r - 1 for r in reach] * 2, strict=True))
@@ -66,6 +67,7 @@ def convolutions(
         output_padding=tuple(min(p, s - 1) for p, s in zip(axes(0, 1), strides, strict=True)),
         spatial=tuple(size + draw(st.integers(0, 3)) for size in reach),
         opset=draw(st.sampled_from(OPSETS)),
+        spelled=draw(st.booleans()),
     )
 
 
@@ -86,6 +88,11 @@ def model_of(entry: Convolution, samples: int = 3) -> tuple[ModelProto, Array]:
         **({"pads": entry.pads} if entry.auto_pad == "NOTSET" else {"auto_pad": entry.auto_pad}),
         **({"output_padding": entry.output_padding} if entry.transposed else {}),
     }
+    if not entry.spelled:
+        defaults = {"kernel_shape": entry.kernel, "group": 1, "auto_pad": "NOTSET"}
+        defaults |= {name: (1,) * len(entry.kernel) for name in ("strides", "dilations")}
+        defaults |= {"pads": (0,) * len(entry.pads), "output_padding": (0,) * len(entry.kernel)}
+        attributes = {name: value for name, value in attributes.items() if value != defaults[name]}
     operator = "ConvTranspose" if entry.transposed else "Conv"
     node = onnx.helper.make_node(operator, ["x", *constants], ["y"], name="conv", **attributes)
     axes = [f"s{place}" for place in range(len(entry.kernel))]

@@ -47,7 +47,7 @@ def test_full_rank_is_the_original(technique: type[Pass], entry: Convolution, da
 
 @each_technique
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(convolutions(transposed=True, dims=(1, 2)))
+@given(convolutions(transposed=True))
 def test_full_rank_of_a_transposed_one_is_the_original(technique: type[Pass], entry: Convolution) -> None:
     proto, x = model_of(entry)
     made = full_rank(proto, technique(), None)
