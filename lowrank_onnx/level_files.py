@@ -8,6 +8,9 @@ A file refers to its weights by offset and length, so leading rows of a larger f
 same offset. Leading columns lie apart from each other: the file refers to the whole factor and takes a Slice of
 it, which onnxruntime folds when it loads the file. Storing such factors transposed makes their prefixes leading
 rows too, but takes as long to load and as much memory then, and makes the highest level transpose them back.
+
+What a smaller level shares with none, a layer that is dense above or has another form there, is stored in a byte a
+number and folded as well (see ``coding``). The highest level has every weight as it is.
 """
 
 from __future__ import annotations
@@ -15,13 +18,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
+from lowrank_onnx.coding import CODED, Code, decode, encode
 from lowrank_onnx.composing import take_prefix
 from lowrank_onnx.errors import ModelError
 from lowrank_onnx.levels import LevelSession, is_leading, level_count
@@ -138,6 +143,15 @@ def _smaller_paths(out: Path) -> list[Path]:
         return []
 
 
+@dataclass(frozen=True, eq=False)
+class _Stored:
+    """Where a tensor begins and how many bytes it takes; its scale where it is coded."""
+
+    start: int
+    length: int
+    scale: Array | None
+
+
 class _Store:
     """The weights of all levels as one file; the larger levels have to be taken in first.
 
@@ -151,7 +165,9 @@ class _Store:
         self._contents: list[Array] = []  # in the order of the file
         self._end = 0  # bytes
         self._known: dict[object, int] = {}  # what tells equal contents, and where they begin
-        self._named: dict[str, list[tuple[Array, int]]] = {}  # what levels call by one name, and where it begins
+        self._named: dict[str, list[tuple[Array, _Stored]]] = {}  # what levels call by one name, and how it is stored
+        self._alike: dict[bytes, _Stored] = {}  # how equal contents are stored
+        self._has_highest = False
 
     def take_in(self, model: ModelProto) -> ModelProto:
         """A copy of a level whose large weights lie in the store."""
@@ -166,17 +182,25 @@ class _Store:
                 self._refer(tensor, self._add(content, (file, start, length)), length)
         opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
         replaceable = {value.name for value in model.graph.input}  # by a caller: no node may make them
-        cuts: list[NodeProto] = []
-        for tensor in copy.graph.initializer:
+        made: list[NodeProto] = []
+        highest, self._has_highest = not self._has_highest, True
+        for tensor in list(copy.graph.initializer):
             if not uses_external_data(tensor):
-                cuts += self._take_tensor(tensor, opset >= _FIRST_SLICE and tensor.name not in replaceable)
-        nodes = [*cuts, *copy.graph.node]
+                may_make = opset >= _FIRST_SLICE and tensor.name not in replaceable
+                made += self._take_tensor(copy.graph, tensor, may_make, highest)
+        nodes = [*made, *copy.graph.node]
         del copy.graph.node[:]
         copy.graph.node.extend(nodes)
         return copy
 
-    def _take_tensor(self, tensor: TensorProto, may_cut: bool) -> list[NodeProto]:
-        """Let a tensor refer to the store, where it is large; return the nodes that make it of what it refers to."""
+    def _take_tensor(self, graph: GraphProto, tensor: TensorProto, may_make: bool, highest: bool) -> list[NodeProto]:
+        """Let a tensor refer to the store, where it is large; return the nodes that make it of what it refers to.
+
+        Args:
+            graph: What the tensor belongs to.
+            may_make: Whether nodes may make it at all.
+            highest: Whether the level is the highest, whose weights are stored as they are.
+        """
         if tensor.data_type not in FLOAT_TYPES and not tensor.raw_data:
             return []
         floating = tensor.data_type in FLOAT_TYPES
@@ -184,21 +208,41 @@ class _Store:
         if value.nbytes < EXTERNAL_FROM:
             return []
         name = tensor.name
-        for larger, start in self._named.get(name, ()):
-            if not is_leading(value, larger):
+        for larger, stored in self._named.get(name, ()):
+            if not is_leading(value, larger) or (not may_make and stored.scale is not None):
                 continue
-            if value.shape[1:] == larger.shape[1:]:
-                self._refer(tensor, start, value.nbytes)
+            if value.shape == larger.shape:
+                return self._refer_to(graph, tensor, stored)
+            if value.shape[1:] == larger.shape[1:] and stored.scale is None:
+                self._refer(tensor, stored.start, value.nbytes)
                 return []
-            if may_cut:
+            if may_make:
                 tensor.name = f"{name}/whole"
                 tensor.dims[:] = larger.shape
-                self._refer(tensor, start, larger.nbytes)
-                return take_prefix(tensor.name, name, value.shape)
-        start = self._add(value, hashlib.sha256(value.tobytes()).digest())
-        self._named.setdefault(name, []).append((value, start))
-        self._refer(tensor, start, value.nbytes)
-        return []
+                return [*self._refer_to(graph, tensor, stored), *take_prefix(f"{name}/whole", name, value.shape)]
+        key = hashlib.sha256(str((tensor.data_type, value.shape)).encode() + value.tobytes()).digest()
+        if key not in self._alike or (not may_make and self._alike[key].scale is not None):
+            code = encode(value) if may_make and not highest and tensor.data_type in CODED else None
+            self._alike[key] = self._store(value, code)
+        self._named.setdefault(name, []).append((value, self._alike[key]))
+        return self._refer_to(graph, tensor, self._alike[key])
+
+    def _store(self, value: Array, code: Code | None) -> _Stored:
+        if code is None:
+            return _Stored(self._add(value, hashlib.sha256(value.tobytes()).digest()), value.nbytes, None)
+        key = hashlib.sha256(code.numbers.tobytes()).digest()
+        return _Stored(self._add(code.numbers, key), code.numbers.nbytes, code.scale)
+
+    def _refer_to(self, graph: GraphProto, tensor: TensorProto, stored: _Stored) -> list[NodeProto]:
+        """Let a tensor refer to all of what is stored; return the nodes that decode it."""
+        if stored.scale is None:
+            self._refer(tensor, stored.start, stored.length)
+            return []
+        target, data_type = tensor.name, tensor.data_type
+        tensor.name, tensor.data_type = f"{target}/numbers", TensorProto.INT8
+        self._refer(tensor, stored.start, stored.length)
+        graph.initializer.append(numpy_helper.from_array(stored.scale, f"{target}/scale"))
+        return list(decode(tensor.name, f"{target}/scale", target, data_type))
 
     def _add(self, content: Array, key: object) -> int:
         """Store a content, equal ones once; return where it begins."""

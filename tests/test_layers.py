@@ -30,6 +30,7 @@ ORDER = """
     block_chains conv_chains head_chains recurrent_chains
     statistics stream rewrite kept composing
     cascade levels stddev
+    coding
     level_files
     allocation target plans weighing
     validation memory
