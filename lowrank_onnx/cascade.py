@@ -7,7 +7,8 @@ chosen on samples the cheap model was not fitted to, such that two conditions ho
 (disagreements + 1) / (n + 1) is within the wish, which makes the expected disagreement on new samples of the same kind
 stay within it (conformal risk control, arXiv:2208.02814). That alone misses the wish in every third run: so, where n
 allows any disagreement, there are also so few that a model which disagrees more often than wished would show as
-few with a chance of ``DOUBT`` at most.
+few with a chance of ``DOUBT`` at most. Which confidence is watched is decided on the samples the cheap model was
+fitted to: of two thresholds for the same samples the lower one would be the luckier one.
 """
 
 from __future__ import annotations
@@ -88,6 +89,23 @@ def disagreement(reference: Mapping[str, Array], other: Mapping[str, Array], nam
         differs = reference[name].argmax(axis) != other[name].argmax(axis)
         losses.append(differs.reshape(len(differs), -1).mean(axis=1))
     return np.asarray(np.max(losses, axis=0))
+
+
+def separation(sure: Array, losses: Array) -> float:
+    """Chance that a sample of another answer is less sure than one of the same answer; equal ones count half.
+
+    Args:
+        sure: (n,) confidence.
+        losses: (n,) disagreement, in [0, 1].
+
+    Returns:
+        From 0 to 1; .5 where all agree or none does, as nothing tells.
+    """
+    _, places = np.unique(sure, return_inverse=True)
+    lost, same = np.bincount(places, losses), np.bincount(places, 1 - losses)
+    pairs = float(lost.sum() * same.sum())
+    more_sure = same.sum() - np.cumsum(same) + same / 2
+    return float(lost @ more_sure) / pairs if pairs > 0 else 0.5
 
 
 def fewest_samples(agreement: float) -> int:

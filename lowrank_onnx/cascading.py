@@ -24,6 +24,7 @@ from lowrank_onnx.cascade import (
     disagreement,
     fewest_samples,
     score_outputs,
+    separation,
 )
 from lowrank_onnx.cost import Cost
 from lowrank_onnx.data import Dataset
@@ -131,7 +132,8 @@ def find_cascade(problem: Problem, levels: Levels, held: Dataset, agreement: flo
     Raises:
         TargetError: None pays; the message tells each one's cost and share.
     """
-    reference = _answers(problem.session, held)
+    assert problem.calibrate is not None, "hold_out asks for samples"
+    seen, reference = (_answers(problem.session, data) for data in (problem.calibrate, held))
     names = score_outputs(reference)
     found: list[Cascade] = []
     rivals: list[Rival] = []
@@ -142,7 +144,7 @@ def find_cascade(problem: Problem, levels: Levels, held: Dataset, agreement: flo
         except TargetError as error:
             refused.append(f"{label}: {error}")
             continue
-        trial = _try(problem, label, cheap, held, reference, names, agreement)
+        trial = _try(problem, label, cheap, held, (seen, reference), names, agreement)
         if isinstance(trial, Cascade):
             found.append(trial)
         else:
@@ -176,16 +178,26 @@ def _try(
     label: str,
     cheap: Selection,
     held: Dataset,
-    reference: dict[str, Array],
+    exact: tuple[dict[str, Array], dict[str, Array]],
     names: Sequence[str],
     agreement: float,
 ) -> Cascade | Rival | str:
-    """The cascade of one cheap level; or that the level needs none; or why there is none."""
+    """The cascade of one cheap level; or that the level needs none; or why there is none.
+
+    Args:
+        exact: What the original answers to the samples the level was fitted to, and to ``held``.
+    """
+    assert problem.calibrate is not None
+    seen, reference = exact
     session = _open(problem, cheap.built.proto)
     answers = _answers(session, held)
     losses = disagreement(reference, answers, names)
     alone = 1 - float(losses.mean())
-    gate = _best_gate(answers, losses, names, agreement)
+    fitted = _answers(session, problem.calibrate)
+    gate = _most_telling(fitted, disagreement(seen, fitted, names), names)
+    threshold = choose_threshold(confidence(answers, gate), losses, agreement)
+    assert threshold is not None, "hold_out asks for enough samples"
+    gate = dataclasses.replace(gate, threshold=threshold)
     if gate.threshold == -math.inf:
         static = expected_timing([problem.session, session], [_feeds(held, range(len(held)))], [1.0], problem.seed)
         reached = alone if problem.evaluate is None else _agreement(problem, session, names)
@@ -247,16 +259,11 @@ def _try(
     return told
 
 
-def _best_gate(answers: dict[str, Array], losses: Array, names: Sequence[str], agreement: float) -> Gate:
-    """The confidence that sends the fewest samples on."""
-    gates = []
-    for kind in CONFIDENCES:
-        gate = Gate(tuple(names), kind, 0.0, are_normalized(answers, names))
-        sure = confidence(answers, gate)
-        threshold = choose_threshold(sure, losses, agreement)
-        assert threshold is not None, "hold_out asks for enough samples"
-        gates.append((float((sure < threshold).mean()), dataclasses.replace(gate, threshold=threshold)))
-    return min(gates, key=lambda entry: entry[0])[1]
+def _most_telling(answers: dict[str, Array], losses: Array, names: Sequence[str]) -> Gate:
+    """The confidence that tells best which samples get another answer; no threshold yet."""
+    normalized = are_normalized(answers, names)
+    gates = [Gate(tuple(names), kind, 0.0, normalized) for kind in CONFIDENCES]
+    return max(gates, key=lambda gate: separation(confidence(answers, gate), losses))
 
 
 def _quantile(answers: dict[str, Array], gate: Gate, share: float) -> float:
