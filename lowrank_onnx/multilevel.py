@@ -20,7 +20,7 @@ from lowrank_onnx.level_files import level_openers, level_paths, save_levels
 from lowrank_onnx.leveling import STATIC, against_static, level_rows
 from lowrank_onnx.levels import build_levels
 from lowrank_onnx.model import Model, data_file, load, parameter_count, saved_size
-from lowrank_onnx.nesting import nested_levels
+from lowrank_onnx.nesting import LARGER, nested_levels
 from lowrank_onnx.run import Run
 from lowrank_onnx.runtime import open_session
 from lowrank_onnx.target import Target, read_target
@@ -33,8 +33,6 @@ time on a CPU where a level runs for microseconds and 6 to 16 % on CUDA, where i
 well; and a session of it holds all levels: MiniLM with three takes 281 MB and half a second to load, 19 to 36 MB
 and 40 ms as files.
 """
-
-LARGER = 1.15  # times its highest level: how large a file of levels may be before the report warns
 
 
 def compress_levels(run: Run, kind: str, shares: Sequence[float], form: str) -> Result:

@@ -4,7 +4,9 @@ The smallest budget is met as it would be alone. Above it a layer may only gain 
 instead, from the largest, a small level inherits techniques that were chosen where nearly nothing had to be saved,
 and loses most of its quality to them. The largest level is refined. The factors of a smaller rank are
 the leading columns of the larger ones (Eckart and Young: of one spectrum every prefix is the best layer of its
-rank), and each level has biases of its own, which give the mean of the output back.
+rank), and each level has biases of its own, which give the mean of the output back. Where the levels would store
+more beside the largest one than a file may, those between the smallest and the largest store nothing: each of their
+layers is the one or the other.
 """
 
 from __future__ import annotations
@@ -14,16 +16,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from lowrank_onnx.allocation import Option, allocate
 from lowrank_onnx.base import Candidate, Counts, Factors, Moments, Site
-from lowrank_onnx.budget import Damage, Selection, meet_budget, with_factors
+from lowrank_onnx.budget import Damage, Selection, amount, meet_budget, saving, with_factors
 from lowrank_onnx.building import Choice
 from lowrank_onnx.errors import LowRankError
+from lowrank_onnx.levels import is_leading
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.patches import as_linear
 from lowrank_onnx.problem import Problem
 from lowrank_onnx.proposals import Proposal
 
 Statistics = Mapping[str, Mapping[str, Moments | Counts]]
+
+LARGER = 1.15
+"""How many times as large as their highest level a set of levels should be at most."""
 
 _WORSE = 1.05
 """A prefix may lose this much more than factors of the level's own would, before the level gets its own."""
@@ -79,7 +86,68 @@ def nested_levels(
         cut = _with_prefixes(problem, made, levels[-1], largest, statistics)
         # One layer that has no ranks in order of importance, and refitting has to put all of the level right.
         levels.append(finish(made) if cut is None else cut)
-    return levels[::-1]
+    levels.reverse()
+    if _beside(levels) > (LARGER - 1) * largest.cost.size_bytes:
+        ends = (plans[0], levels[0]), (plans[-1], largest)
+        levels[1:-1] = [_between(problem, *ends, damage, kind, share) for share in shares[1:-1]]
+    return levels
+
+
+def _beside(levels: Sequence[Selection]) -> int:
+    """Bytes that the smaller levels store beside the highest one, a byte a number; see ``coding``."""
+    known: dict[str, list[Array]] = {}
+    total = 0
+    for level in reversed(levels):
+        for site, factors in level.built.factors.items():
+            for role, value in factors.items():
+                stored = known.setdefault(f"{site}/{role}", [])
+                if value.dtype.kind != "f" or any(is_leading(value, whole) for whole in stored):
+                    continue
+                stored.append(value)
+                total += 0 if level is levels[-1] else value.size
+    return total
+
+
+def _between(
+    problem: Problem,
+    low: tuple[Selection, Selection],
+    high: tuple[Selection, Selection],
+    damage: Damage,
+    kind: str,
+    share: float,
+) -> Selection:
+    """A level made of the layers of two others as they stand there: it stores nothing of its own.
+
+    Args:
+        low, high: Each as it was planned and as it was finished.
+    """
+    above = {choice.proposal.site.name: choice.candidate for choice in high[0].choices}
+    options = []
+    for choice in low[0].choices:
+        site, candidate = choice.proposal.site, choice.candidate
+        saved, lost = saving(site, candidate, kind), damage(candidate)
+        if site.name in above:
+            saved -= saving(site, above[site.name], kind)
+            lost -= damage(above[site.name])
+        if saved > 0:
+            options.append(Option(site.name, frozenset(site.covers), saved, max(lost, 0.0)))
+    smaller, larger = ({choice.proposal.site.name: choice for choice in end[1].choices} for end in (low, high))
+    allowed = share * amount(problem.cost, kind)
+    needed = amount(high[1].cost, kind) - allowed
+    while (allocation := allocate(options, needed)) is not None:
+        taken = {option.key for option in allocation.chosen}
+        parts = [(low[1] if name in taken else high[1], name) for name in smaller if name in taken or name in larger]
+        choices = [smaller[name] if part is low[1] else larger[name] for part, name in parts]
+        factors = {name: part.built.factors[name] for part, name in parts}
+        covered = {name for choice in choices for name in choice.proposal.site.covers}
+        kept = [choice for choice in high[1].kept if choice.proposal.site.name not in covered]
+        factors |= {choice.proposal.site.name: high[1].built.factors[choice.proposal.site.name] for choice in kept}
+        selection = with_factors(problem, choices, factors, {}, kept)
+        excess = amount(selection.cost, kind) - allowed
+        if excess <= 0:
+            return selection
+        needed += excess
+    return low[1]
 
 
 def _above(entry: Proposal, below: Sequence[Choice]) -> Iterable[Proposal]:
