@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lowrank_onnx
+from lowrank_onnx import nesting
 from lowrank_onnx.errors import LowRankError, ModelError, PlanError, TargetError
 from lowrank_onnx.levels import LEVEL_INPUT, LevelSession, build_levels, level_count
 from lowrank_onnx.linalg import Array
@@ -163,3 +164,27 @@ def test_levels_share_inputs_and_outputs(models: Path, wish: dict[str, Any]) -> 
 def test_a_name_that_is_taken_is_told(leveled: lowrank_onnx.Result) -> None:
     with pytest.raises(ModelError, match="has a tensor 'rank_level' of its own"):
         build_levels([leveled.model, leveled.model])
+
+
+def test_levels_between_store_nothing_where_a_file_would_be_too_large(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Convolutions share no prefixes: the middle level is made of layers of the others, and is within its budget."""
+    monkeypatch.setattr(nesting, "LARGER", 1.0)
+    folder = models / "digits_cnn"
+    settings = ARGUMENTS | {"calibrate": folder / "calibrate.npz", "evaluate": folder / "evaluate.npz"}
+    made = lowrank_onnx.compress(folder / "model.onnx", levels=[0.3, 0.5, 0.8], **settings)
+    low, middle, high = (
+        {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+        for proto in (*made.levels, made.model)
+    )
+    sources = {
+        tuple(end is not None and np.array_equal(value, end) for end in (low.get(name), high.get(name)))
+        for name, value in middle.items()
+    }
+    assert (False, False) not in sources, "a constant of its own"
+    assert {(True, False), (False, True)} <= sources, "layers of both"
+    rows = made.report["levels"]
+    assert all(row["macs_ratio"] <= row["keep"] for row in rows)
+    cosines = [row["cosine"] for row in rows]
+    assert cosines == sorted(cosines) and len(set(cosines)) == 3
