@@ -108,6 +108,13 @@ def separation(sure: Array, losses: Array) -> float:
     return float(lost @ more_sure) / pairs if pairs > 0 else 0.5
 
 
+def most_telling(outputs: Mapping[str, Array], losses: Array, names: Sequence[str]) -> Gate:
+    """The confidence that tells best which samples get another answer; no threshold yet."""
+    normalized = are_normalized(outputs, names)
+    gates = [Gate(tuple(names), kind, -math.inf, normalized) for kind in CONFIDENCES]
+    return max(gates, key=lambda gate: separation(confidence(outputs, gate), losses))
+
+
 def fewest_samples(agreement: float) -> int:
     """How many samples it takes to choose a threshold for an agreement at all."""
     return math.ceil(1 / (1 - agreement) - 1 - 1e-9)

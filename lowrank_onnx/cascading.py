@@ -15,16 +15,14 @@ from lowrank_onnx.batches import can_batch
 from lowrank_onnx.budget import Selection
 from lowrank_onnx.building import Built
 from lowrank_onnx.cascade import (
-    CONFIDENCES,
     Gate,
-    are_normalized,
     build_cascade,
     choose_threshold,
     confidence,
     disagreement,
     fewest_samples,
+    most_telling,
     score_outputs,
-    separation,
 )
 from lowrank_onnx.cost import Cost
 from lowrank_onnx.data import Dataset
@@ -194,7 +192,7 @@ def _try(
     losses = disagreement(reference, answers, names)
     alone = 1 - float(losses.mean())
     fitted = _answers(session, problem.calibrate)
-    gate = _most_telling(fitted, disagreement(seen, fitted, names), names)
+    gate = most_telling(fitted, disagreement(seen, fitted, names), names)
     threshold = choose_threshold(confidence(answers, gate), losses, agreement)
     assert threshold is not None, "hold_out asks for enough samples"
     gate = dataclasses.replace(gate, threshold=threshold)
@@ -257,13 +255,6 @@ def _try(
         pair = Timing((timing.latencies[0], timing.latencies[2]), (timing.ratios[0], timing.ratios[2]))
         return Cascade(label, cheap, dataclasses.replace(cheap, built=built, cost=cost), pair, row)
     return told
-
-
-def _most_telling(answers: dict[str, Array], losses: Array, names: Sequence[str]) -> Gate:
-    """The confidence that tells best which samples get another answer; no threshold yet."""
-    normalized = are_normalized(answers, names)
-    gates = [Gate(tuple(names), kind, 0.0, normalized) for kind in CONFIDENCES]
-    return max(gates, key=lambda gate: separation(confidence(answers, gate), losses))
 
 
 def _quantile(answers: dict[str, Array], gate: Gate, share: float) -> float:

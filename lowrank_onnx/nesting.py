@@ -32,6 +32,9 @@ Statistics = Mapping[str, Mapping[str, Moments | Counts]]
 LARGER = 1.15
 """How many times as large as their highest level a set of levels should be at most."""
 
+_SPENT = 0.9
+"""Of what a level costs, how much one made of the layers of two others has to cost: few layers come in large steps."""
+
 _WORSE = 1.05
 """A prefix may lose this much more than factors of the level's own would, before the level gets its own."""
 
@@ -89,7 +92,10 @@ def nested_levels(
     levels.reverse()
     if _beside(levels) > (LARGER - 1) * largest.cost.size_bytes:
         ends = (plans[0], levels[0]), (plans[-1], largest)
-        levels[1:-1] = [_between(problem, *ends, damage, kind, share) for share in shares[1:-1]]
+        for place, share in list(enumerate(shares))[1:-1]:
+            made = _between(problem, *ends, damage, kind, share)
+            if amount(made.cost, kind) >= _SPENT * amount(levels[place].cost, kind):
+                levels[place] = made
     return levels
 
 

@@ -22,6 +22,7 @@ from lowrank_onnx.cascade import (
     choose_threshold,
     confidence,
     fewest_samples,
+    most_telling,
     separation,
 )
 from lowrank_onnx.errors import DataError, LowRankError, ModelError, TargetError
@@ -169,6 +170,15 @@ def test_separation_counts_pairs(entries: list[tuple[int, float]]) -> None:
             won += loss * (1 - other) * ((low < high) + (low == high) / 2)
     found = separation(*(np.array(column, float) for column in zip(*entries, strict=True)))
     assert found == pytest.approx(won / total if total else 0.5)
+
+
+@pytest.mark.parametrize("kind", CONFIDENCES)
+def test_the_confidence_that_tells_more_is_watched(kind: str) -> None:
+    """A lead of two over one is sure or not by what the third class has; a probability says it, a margin does not."""
+    scores = np.array([[2.0, 1.0, -9.0], [2.0, 1.0, 0.9], [4.0, 3.2, 0.0], [4.0, 3.2, 3.1]], np.float32)
+    by_margin, by_probability = np.array([0.0, 0, 1, 1]), np.array([0.0, 1, 0, 1])
+    gate = most_telling({"y": scores}, by_margin if kind == "margin" else by_probability, ["y"])
+    assert gate.kind == kind and gate.threshold == -math.inf and not gate.normalized
 
 
 def test_the_confidence_is_not_chosen_on_the_samples_of_the_threshold() -> None:

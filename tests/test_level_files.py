@@ -87,13 +87,18 @@ def test_rows_are_told_by_length_and_columns_cut(written: Path) -> None:
     assert int(lengths["second"]["length"]) == 16 * 80 * 4
 
 
+@pytest.mark.parametrize("name", ["first", "second"])
 @pytest.mark.parametrize("own", [(0, 1), (1,), (0,), (2,)])
-def test_what_is_no_prefix_is_stored_beside(own: tuple[int, ...], tmp_path: Path) -> None:
-    """Some levels have first factors of their own, of which the smaller one may be a prefix of the larger."""
-    other = np.random.default_rng(9).standard_normal((64, 48)).astype(np.float32)
+def test_what_is_no_prefix_is_stored_beside(own: tuple[int, ...], name: str, tmp_path: Path) -> None:
+    """Some levels have a factor of their own, of which the smaller one may be a prefix of the larger."""
+    other = np.random.default_rng(9).standard_normal((64, 48) if name == "first" else (48, 80)).astype(np.float32)
+
+    def cut(value: Array, level: int) -> Array:
+        return value[:, : RANKS[level]] if name == "first" else value[: RANKS[level]]
+
     models = [at_rank(rank) for rank in RANKS]
     for level in own:
-        _put(models[level], "first", other[:, : RANKS[level]])
+        _put(models[level], name, cut(other, level))
     out = tmp_path / "m.onnx"
     save_levels(models, out, None)
     # Without the highest one as a whole to be a prefix of, the middle one is the first of its kind.
@@ -101,13 +106,13 @@ def test_what_is_no_prefix_is_stored_beside(own: tuple[int, ...], tmp_path: Path
     for level, path in enumerate(level_paths(out, 3)):
         onnx.checker.check_model(str(path), full_check=True)
         found, wanted = answers_of(path)["y"], answers(models[level], samples())["y"]
-        _put(models[level], "first", np.zeros((64, RANKS[level]), np.float32))
+        _put(models[level], name, cut(0 * other, level))
         effect = np.linalg.norm(wanted - answers(models[level], samples())["y"])
         apart = np.linalg.norm(found - wanted) / effect
         assert 1e-4 < apart < 0.05 if level in coded else apart < 1e-5
     save_levels([at_rank(rank) for rank in RANKS], tmp_path / "n.onnx", None)
     more = data_file(out).stat().st_size - data_file(tmp_path / "n.onnx").stat().st_size
-    assert more == 64 * RANKS[max(coded)]
+    assert more == cut(other, max(coded)).size
 
 
 def _put(model: onnx.ModelProto, name: str, value: Array) -> None:
