@@ -8,13 +8,14 @@ chosen on samples the cheap model was not fitted to, such that two conditions ho
 stay within it (conformal risk control, arXiv:2208.02814). That alone misses the wish in every third run: so, where n
 allows any disagreement, there are also so few that a model which disagrees more often than wished would show as
 few with a chance of ``DOUBT`` at most. Which confidence is watched is decided on the samples the cheap model was
-fitted to: of two thresholds for the same samples the lower one would be the luckier one.
+fitted to: of two thresholds for the same samples the lower one would be the luckier one. And these have to keep the
+wish as well: a cascade that misses it has to look good twice.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,6 +146,17 @@ def choose_threshold(sure: Array, losses: Array, agreement: float) -> float | No
         return float(np.nextafter(np.float32(ranked[0]), np.float32(np.inf)))
     last = int(fits[-1])
     return -math.inf if last == len(ranked) - 1 else float((ranked[last] + ranked[last + 1]) / 2)
+
+
+def common_threshold(parts: Iterable[tuple[Array, Array]], agreement: float) -> float:
+    """The smallest threshold that keeps the agreement in each of several sets of samples; see ``choose_threshold``.
+
+    Args:
+        parts: Confidence and disagreement of each set; those too small for a threshold do not count.
+        agreement: The wish, in (0, 1).
+    """
+    found = [choose_threshold(sure, losses, agreement) for sure, losses in parts]
+    return max(value for value in found if value is not None)
 
 
 def build_cascade(full: ModelProto, cheap: ModelProto, gate: Gate, ranks: Mapping[str, int], rows: bool) -> ModelProto:

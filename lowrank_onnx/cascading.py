@@ -17,7 +17,7 @@ from lowrank_onnx.building import Built
 from lowrank_onnx.cascade import (
     Gate,
     build_cascade,
-    choose_threshold,
+    common_threshold,
     confidence,
     disagreement,
     fewest_samples,
@@ -192,10 +192,11 @@ def _try(
     losses = disagreement(reference, answers, names)
     alone = 1 - float(losses.mean())
     fitted = _answers(session, problem.calibrate)
-    gate = most_telling(fitted, disagreement(seen, fitted, names), names)
-    threshold = choose_threshold(confidence(answers, gate), losses, agreement)
-    assert threshold is not None, "hold_out asks for enough samples"
-    gate = dataclasses.replace(gate, threshold=threshold)
+    known = disagreement(seen, fitted, names)
+    gate = most_telling(fitted, known, names)
+    # The samples of the fit agree more often if anything: where even they ask for more caution, the others were lucky.
+    parts = [(confidence(part, gate), lost) for part, lost in ((answers, losses), (fitted, known))]
+    gate = dataclasses.replace(gate, threshold=common_threshold(parts, agreement))
     if gate.threshold == -math.inf:
         static = expected_timing([problem.session, session], [_feeds(held, range(len(held)))], [1.0], problem.seed)
         reached = alone if problem.evaluate is None else _agreement(problem, session, names)

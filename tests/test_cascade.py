@@ -20,6 +20,7 @@ from lowrank_onnx.cascade import (
     Gate,
     build_cascade,
     choose_threshold,
+    common_threshold,
     confidence,
     fewest_samples,
     most_telling,
@@ -150,15 +151,23 @@ def test_the_threshold_is_the_smallest_that_keeps_the_wish(entries: list[tuple[i
 
 def test_new_samples_keep_the_wish_four_times_of_five() -> None:
     rng = np.random.default_rng(0)
-    missed = []
+    missed, twice = [], []
     for _ in range(1000):
-        sure = rng.random(150)
-        losses = (rng.random(150) < 0.3 * (1 - sure) ** 2).astype(float)
-        threshold = choose_threshold(sure, losses, 0.97)
-        assert threshold is not None
-        missed.append(0.1 * (1 - max(threshold, 0.0)) ** 3)  # of all samples, exactly: the others agree
+        parts = []
+        for _ in range(2):
+            sure = rng.random(150)
+            parts.append((sure, (rng.random(150) < 0.3 * (1 - sure) ** 2).astype(float)))
+        for used, told in ((parts[:1], missed), (parts, twice)):
+            threshold = common_threshold(used, 0.97)
+            told.append(0.1 * (1 - max(threshold, 0.0)) ** 3)  # of all samples, exactly: the others agree
     assert 0.015 < np.mean(missed) <= 0.03
     assert 0.1 < np.mean(np.array(missed) > 0.03) <= DOUBT
+    assert np.mean(np.array(twice) > 0.03) <= 1.3 * DOUBT**2, "two sets of samples are seldom lucky both"
+
+
+def test_a_set_too_small_for_a_threshold_does_not_count() -> None:
+    few, many = (np.arange(3.0), np.ones(3)), (np.arange(30.0), np.zeros(30))
+    assert common_threshold([few, many], 0.9) == choose_threshold(*many, 0.9) == -math.inf
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.sampled_from([0.0, 0.25, 1.0])), min_size=1, max_size=25))
