@@ -20,6 +20,7 @@ from lowrank_onnx.base import KINDS as ALL_KINDS
 from lowrank_onnx.base import Candidate, Dense, Factors, Pass, RankWish, Replacement, Site
 from lowrank_onnx.model import parameter_count, serialize
 from lowrank_onnx.passes import PASSES
+from lowrank_onnx.passes.bayesian import Bayesian
 from lowrank_onnx.passes.recurrent_stored import RecurrentStored
 from lowrank_onnx.problem import Problem
 from lowrank_onnx.rewrite import rewrite
@@ -817,15 +818,25 @@ KINDS = {
 
 # --- the promises ------------------------------------------------------------------------------------
 
+
+@dataclass(frozen=True)
+class BayesianARD(Bayesian):
+    """An option that changes the factors is held to the same promises."""
+
+    name = "bayesian:variant=ard"
+    variant: str = "ard"
+
+
+HELD = (*PASSES, BayesianARD)
 TAKEN = [
     pytest.param(technique, kind, id=f"{technique.name}-{kind}")
-    for technique in PASSES
+    for technique in HELD
     for kind in technique.kinds
     if kind in KINDS
 ]
 CASES = [
     pytest.param(technique, kind, case, id=f"{technique.name}-{kind}-{name}")
-    for technique in PASSES
+    for technique in HELD
     for kind in technique.kinds
     if kind in KINDS
     for name, case in KINDS[kind].cases.items()

@@ -19,7 +19,7 @@ from lowrank_onnx.linalg import Array, finite_svd
 
 _SCAN = 400  # noise levels looked at before polishing: the free energy has a minimum for nearly every rank
 _POLISHED = 5
-_ROUNDING = 1e-14  # of the mean square of the entries: less noise than this is rounding to single precision
+ROUNDING = 1e-14  # of the mean square of the entries: less noise than this is rounding to single precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +155,7 @@ def evidence(sigma: Array, shape: tuple[int, int], noise: float | None = None) -
         return Evidence(0, 0.0 if noise is None else noise, np.zeros(0))
     level = noise_variance(sigma, shape) if noise is None else noise
     # Without noise there is still rounding: the singular values beyond the rank of a stored weight are never zero.
-    rounding = _ROUNDING * float(sigma @ sigma) / (short * long)
+    rounding = ROUNDING * float(sigma @ sigma) / (short * long)
     rank = int(np.count_nonzero(sigma**2 > long * max(level, rounding) * threshold(short / long)))
     if level == 0:
         return Evidence(rank, 0.0, sigma[:rank])
@@ -201,7 +201,7 @@ def noise_variance(sigma: Array, shape: tuple[int, int]) -> float:
     high = float(squared.sum()) / (short * long)
     after = squared[most] / (long * limit) if most < short else 0.0
     low = max(float(after), float(squared[most:].mean()) / long if most < short else 0.0)
-    if low <= _ROUNDING * high:
+    if low <= ROUNDING * high:
         return 0.0  # less than full rank, without noise
     steps = squared / (long * limit)
     inside = steps[(steps > low) & (steps < high)]
