@@ -827,7 +827,7 @@ class BayesianARD(Bayesian):
     variant: str = "ard"
 
 
-HELD = (*PASSES, BayesianARD)
+HELD: tuple[type[Pass], ...] = (*PASSES, BayesianARD)
 TAKEN = [
     pytest.param(technique, kind, id=f"{technique.name}-{kind}")
     for technique in HELD

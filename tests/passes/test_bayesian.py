@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lowrank_onnx import compress
 from lowrank_onnx.decompositions.ard import relevance
+from lowrank_onnx.decompositions.evbmf import noise_variance
 from lowrank_onnx.errors import LowRankError
 from lowrank_onnx.passes.bayesian import VARIANTS, Bayesian, shares
 from tests.builders import build, falling
@@ -43,15 +44,17 @@ def test_weak_components_are_shrunk_more(variant: str) -> None:
     assert (np.diff(found) < 0).all() and found[0] < 1
 
 
-def test_ard_shrinks_as_its_own_updates_do() -> None:
+def test_at_the_same_noise_the_updates_end_at_the_closed_form() -> None:
+    """Five components take all but the noise, so that both variants know its level: what is left out."""
     sigma = spectrum(planted(64, 48, 5))
-    expected = relevance(sigma, (64, 48)).shrunk / sigma[:5]
-    assert np.allclose(shares(sigma, (64, 48), 5, "ard"), expected, rtol=1e-4)
+    assert np.allclose(shares(sigma, (64, 48), 5, "ard"), shares(sigma, (64, 48), 5), rtol=2e-4)
 
 
 def test_the_variants_differ_where_they_find_another_noise() -> None:
-    sigma = np.arange(1, 49.0) ** -0.5
-    assert not np.allclose(shares(sigma, (64, 48), 12, "ard"), shares(sigma, (64, 48), 12), rtol=1e-3)
+    sigma = np.arange(1, 49.0) ** -1
+    levels = relevance(sigma, (64, 48)).noise, noise_variance(sigma, (64, 48))
+    found = [shares(sigma, (64, 48), 4, variant)[-1] for variant in ("ard", "evbmf")]
+    assert levels[0] < 0.99 * levels[1] and found[0] > found[1] + 1e-3  # less noise, less shrinking
 
 
 def test_unknown_variants_are_refused() -> None:
