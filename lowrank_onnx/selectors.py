@@ -42,11 +42,14 @@ class Selector:
             return f"{self.rule}: the spectrum is all zeros"
         found = RULES[self.rule](sigma, shape)
         rank = math.ceil(found + self.weaken * (len(sigma) - found))
-        if rank < 2:
-            return (
-                f"{self.rule} finds rank {found}: hardly anything stands out of the noise; try {self.rule}:weaken=0.3"
-            )
         kept = float(sigma[:rank] @ sigma[:rank]) / total
+        if rank == 0:
+            return f"{self.rule} finds rank 0: hardly anything stands out of the noise; try {self.rule}:weaken=0.3"
+        if rank == 1:
+            return (
+                f"{self.rule} gives rank 1, which keeps {100 * kept:.0f} % of the energy; "
+                f"try {self.rule}:weaken=0.3, or --rank 1 if that is enough"
+            )
         if kept < self.floor:
             return (
                 f"rank {rank} of {self.rule} keeps {100 * kept:.0f} % of the energy, below the floor of "

@@ -90,3 +90,13 @@ def test_convolutions_on_data() -> None:
     assert ranks(made.report) == [[6]]  # two channels at three positions
     with pytest.raises(TargetError, match="evbmf finds rank 0"):
         compress(proto, rank="evbmf", technique=["channel"], shape=["x=1,16,1,12"])
+
+
+@pytest.mark.parametrize("rule", ["evbmf", "ard"])
+def test_rank_one_is_refused_with_what_it_would_keep(rule: str) -> None:
+    rng = np.random.default_rng(0)
+    one = np.outer(rng.standard_normal(64), rng.standard_normal(48)).astype(np.float32)
+    proto = build("g (float[n,64] x) => (float[n,48] y) { y = MatMul(x, w) }", {"w": one})
+    with pytest.raises(TargetError, match=rf"{rule} gives rank 1, which keeps 100 % of the energy; .* --rank 1"):
+        compress(proto, rank=rule, technique=["svd"])
+    assert ranks(compress(proto, rank=1, technique=["svd"]).report) == [[1]]
