@@ -37,6 +37,7 @@ from lowrank_onnx.proposals import Proposal
 from lowrank_onnx.runtime import Runtime
 from lowrank_onnx.statistics import observe
 from lowrank_onnx.structures import SHARE, STRUCTURES, WIDEST, errors_at
+from lowrank_onnx.threads import few_threads
 
 TIMED: tuple[Pass, ...] = (
     *(Block(form=form, order=order) for form in ("rows", "columns", "grid", "diagonal") for order in ("no", "yes")),
@@ -63,6 +64,7 @@ class Duel:
         return self.error / self.plain if self.plain > 0 else float("inf")
 
 
+@few_threads
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
