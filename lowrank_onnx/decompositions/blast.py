@@ -52,12 +52,7 @@ class Blast:
 
     def refitted(self, matrix: Array, gram: Array) -> Blast:
         """Fit all B_j anew for the C_i and d_ij at hand, to W (K, N) in the metric (K, K)."""
-        second = np.empty(self.second.shape)
-        for place, (begin, end) in enumerate(cuts(matrix.shape[1], self.scales.shape[1])):
-            basis = self._basis(place)
-            weighted = gram @ basis
-            second[:, begin:end] = _solve(basis.T @ weighted, weighted.T @ matrix[:, begin:end])
-        return Blast(self.first.astype(np.float64), self.scales.astype(np.float64), second)
+        return _with_second(self, _normal(self, gram, gram @ np.asarray(matrix, np.float64)))
 
     def _basis(self, column: int) -> Array:
         """(K, r): what all blocks of a column are combined from."""
@@ -101,16 +96,19 @@ def blast(
     least-squares problem, so the error never rises.
     """
     matrix = np.asarray(matrix, np.float64)
+    weighted = gram @ matrix
     start = data_aware(matrix, gram, 0.0).factors(min(rank, *matrix.shape))
     missing = rank - start[0].shape[1]
     first = np.pad(start[0], ((0, 0), (0, missing)))
     made = Blast(first, np.ones((*blocks, rank)), np.pad(start[1], ((0, missing), (0, 0))))
     before = _squared_error(made, matrix, gram)
     limit = tolerance * before
+    normal = _normal(made, gram, weighted)
     for _ in range(sweeps):
-        made = _with_scales(made, matrix, gram)
-        made = _with_first(made, matrix, gram)
-        made = made.refitted(matrix, gram)
+        made = _with_scales(made, normal)
+        made = _with_first(made, gram, weighted)
+        normal = _normal(made, gram, weighted)
+        made = _with_second(made, normal)
         now = _squared_error(made, matrix, gram)
         if before - now <= limit:
             break
@@ -118,50 +116,86 @@ def blast(
     return made
 
 
+@dataclass(frozen=True, eq=False)
+class _Normal:
+    """What the normal equations of the d_ij and of the B_j are made of, for given C_i.
+
+    Attributes:
+        inner: (P, r, P, r) ``C_iᵀ G_ii' C_i'``.
+        wanted: (P, r, N) ``C_iᵀ (G W)_i``.
+    """
+
+    inner: Array
+    wanted: Array
+
+
+def _normal(made: Blast, gram: Array, weighted: Array) -> _Normal:
+    """Every C_i by itself: as one matrix they would be mostly zeros."""
+    first = made.first.astype(np.float64)
+    rank = first.shape[1]
+    rows = cuts(len(first), len(made.scales))
+    inner = np.empty((len(rows), rank, len(rows), rank))
+    for place, (begin, end) in enumerate(rows):
+        brought = gram[:, begin:end] @ first[begin:end]
+        for other, (b, e) in enumerate(rows):
+            inner[other, :, place] = first[b:e].T @ brought[b:e]
+    wanted = np.stack([first[begin:end].T @ weighted[begin:end] for begin, end in rows])
+    return _Normal(inner, wanted)
+
+
 def _squared_error(made: Blast, matrix: Array, gram: Array) -> float:
     lost = matrix - made.dense()
     return float(np.vdot(lost, gram @ lost))
 
 
-def _with_scales(made: Blast, matrix: Array, gram: Array) -> Blast:
+def _with_scales(made: Blast, normal: _Normal) -> Blast:
     """Better d, one block after the other; each is a problem in r numbers."""
-    rows = cuts(len(made.first), len(made.scales))
-    _, columns, rank = made.scales.shape
-    # (P, r) directions of x, each C_i by itself
-    spread = np.zeros((len(made.first), len(rows) * rank))
-    for place, (begin, end) in enumerate(rows):
-        spread[begin:end, place * rank : (place + 1) * rank] = made.first[begin:end]
-    weighted = gram @ spread
-    inner = (spread.T @ weighted).reshape(len(rows), rank, len(rows), rank)
-    wanted = (weighted.T @ matrix).reshape(len(rows), rank, -1)
+    inner = normal.inner
+    count, columns, _ = made.scales.shape
     scales = made.scales.copy()
-    for column, (begin, end) in enumerate(cuts(matrix.shape[1], columns)):
+    for column, (begin, end) in enumerate(cuts(made.second.shape[1], columns)):
         second = made.second[:, begin:end]
         shared = second @ second.T
-        right = np.einsum("prn,rn->pr", wanted[:, :, begin:end], second)
-        for place in range(len(rows)):
-            others = [other for other in range(len(rows)) if other != place]
+        right = np.einsum("prn,rn->pr", normal.wanted[:, :, begin:end], second)
+        for place in range(count):
+            others = [other for other in range(count) if other != place]
             left = right[place] - sum((inner[place, :, other] * shared) @ scales[other, column] for other in others)
             scales[place, column] = _solve(inner[place, :, place] * shared, left[:, None])[:, 0]
     return Blast(made.first, scales, made.second)
 
 
-def _with_first(made: Blast, matrix: Array, gram: Array) -> Blast:
+def _with_first(made: Blast, gram: Array, weighted: Array) -> Blast:
     """The best C_i, one after the other: ``Σ_i' G_ii' C_i' H_i'i`` must be what is wanted of row block i."""
-    rows, columns = cuts(len(made.first), len(made.scales)), cuts(matrix.shape[1], made.scales.shape[1])
-    mixed = np.concatenate(  # (P, r, N): d_ij B_j, side by side
-        [made.scales[:, place, :, None] * made.second[None, :, b:e] for place, (b, e) in enumerate(columns)], axis=2
-    )
+    scales = made.scales
+    rows, columns = cuts(len(made.first), len(scales)), cuts(weighted.shape[1], scales.shape[1])
+    shared = np.stack([made.second[:, b:e] @ made.second[:, b:e].T for b, e in columns])  # (Q, r, r)
+
+    def mixed(place: int, other: int) -> Array:
+        """(r, r): H, with the d_ij B_j of two row blocks side by side, one times the other transposed."""
+        return np.asarray(np.einsum("qr,qs,qrs->rs", scales[place], scales[other], shared, optimize=True))
+
     first = made.first.copy()
-    weighted = gram @ matrix
     for place, (begin, end) in enumerate(rows):
-        left = weighted[begin:end] @ mixed[place].T
+        second = np.concatenate(
+            [scales[place, at, :, None] * made.second[:, b:e] for at, (b, e) in enumerate(columns)], axis=1
+        )
+        left = weighted[begin:end] @ second.T
         for other, (b, e) in enumerate(rows):
             if other != place:
-                left -= gram[begin:end, b:e] @ first[b:e] @ (mixed[other] @ mixed[place].T)
+                left -= gram[begin:end, b:e] @ first[b:e] @ mixed(other, place)
         half = _solve(gram[begin:end, begin:end], left)
-        first[begin:end] = _solve(mixed[place] @ mixed[place].T, half.T).T
-    return Blast(first, made.scales, made.second)
+        first[begin:end] = _solve(mixed(place, place), half.T).T
+    return Blast(first, scales, made.second)
+
+
+def _with_second(made: Blast, normal: _Normal) -> Blast:
+    """The best B_j for the C_i and d_ij at hand."""
+    second = np.empty(made.second.shape)
+    for column, (begin, end) in enumerate(cuts(second.shape[1], made.scales.shape[1])):
+        scales = made.scales[:, column].astype(np.float64)
+        left = np.einsum("pr,prqs,qs->rs", scales, normal.inner, scales, optimize=True)
+        second[:, begin:end] = _solve(left, np.einsum("pr,prn->rn", scales, normal.wanted[:, :, begin:end]))
+    return Blast(made.first.astype(np.float64), made.scales.astype(np.float64), second)
 
 
 def _solve(normal: Array, wanted: Array) -> Array:

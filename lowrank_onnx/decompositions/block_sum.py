@@ -86,10 +86,13 @@ class BlockSum:
         """
         matrix, gram = ordered(matrix, self.rows, self.columns), ordered(gram, self.rows, self.rows)
         delivered = [_delivered(chain) for chain in self.branches]
-        features = np.concatenate(delivered, axis=1)
-        starts = np.cumsum([0, *(part.shape[1] for part in delivered)])
-        weighted = gram @ features
-        normal, wanted = features.T @ weighted, weighted.T @ matrix
+        widths = [len(gram) if part is None else part.shape[1] for part in delivered]
+        starts = np.cumsum([0, *widths])
+        # A branch of one stage reads the input itself: nothing to multiply.
+        weighted = np.concatenate([gram if part is None else gram @ part for part in delivered], axis=1)
+        brought = gram @ matrix
+        normal = np.concatenate([weighted if part is None else part.T @ weighted for part in delivered])
+        wanted = np.concatenate([brought if part is None else part.T @ brought for part in delivered])
         ends = [np.cumsum([0, *(b.shape[1] for b in chain[-1].blocks)]) for chain in self.branches]
         fitted = [[block.astype(np.float64) for block in chain[-1].blocks] for chain in self.branches]
         inputs = [np.cumsum([0, *(len(b) for b in chain[-1].blocks)]) for chain in self.branches]
@@ -168,11 +171,12 @@ def unordered(matrix: Array, rows: Array | None, columns: Array | None) -> Array
     return ordered(matrix, *back)
 
 
-def _delivered(chain: Sequence[Stage]) -> Array:
-    """(K, f) what reaches the last blocks, in the order in which they read it."""
-    width = sum(len(block) for block in chain[0].blocks)
-    matrix = np.eye(width)
-    for stage in chain[:-1]:
+def _delivered(chain: Sequence[Stage]) -> Array | None:
+    """(K, f) what reaches the last blocks, in the order in which they read it; None for the input as it is."""
+    if len(chain) == 1 and chain[0].order is None:
+        return None
+    matrix = chain[0].dense() if len(chain) > 1 else np.eye(sum(len(block) for block in chain[0].blocks))
+    for stage in chain[1:-1]:
         matrix = matrix @ stage.dense()
     return matrix if chain[-1].order is None else matrix[:, chain[-1].order]
 
