@@ -121,15 +121,15 @@ class StructuredPass(Pass):
         best: tuple[float, Fitted] | None = None
         for form in self.forms(site):
             entry = Fitted(target, form, self.prepare(target, form))
-            rank = self._rank_of(site, form, site.weight.size // 2)
+            rank = self.rank_within(site, form, site.weight.size // 2)
             error = _error(site, target, self._at(entry, rank).dense())
             if best is None or error < best[0]:
                 best = (error, entry)
         assert best is not None
         return best[1]
 
-    def _rank_of(self, site: Site, form: Any, budget: int) -> int:
-        """The largest rank within a budget of multiply-accumulates; at least 1."""
+    def rank_within(self, site: Site, form: Any, budget: int) -> int:
+        """The largest rank within a budget of multiply-accumulates of one row; at least 1."""
         low, high = 1, max(self.full(site.weight.shape, form), 1)
         while low < high:
             middle = (low + high + 1) // 2
@@ -143,7 +143,7 @@ class StructuredPass(Pass):
 
     def ranks(self, site: Site, analysis: Fitted) -> Sequence[tuple[int, ...]]:
         """See Pass.ranks."""
-        most = self._rank_of(site, analysis.form, site.weight.size - 1)
+        most = self.rank_within(site, analysis.form, site.weight.size - 1)
         step = max(1, most // _OFFERED)
         below = [rank for rank in range(step, most + 1, step)]
         return [(rank,) for rank in below if self.cost(site.weight.shape, analysis.form, rank) < site.weight.size]
@@ -201,7 +201,7 @@ class StructuredPass(Pass):
         full = self.full(site.weight.shape, analysis.form)
         if wish.energy is None:
             return (wish.ranks(full),)
-        most = self._rank_of(site, analysis.form, site.weight.size - 1)
+        most = self.rank_within(site, analysis.form, site.weight.size - 1)
         for rank in range(1, most + 1):
             if self.candidate(site, analysis, (rank,)).error ** 2 <= 1 - wish.energy:
                 return (rank,)
