@@ -191,7 +191,7 @@ def _with_first(made: Blast, gram: Array, weighted: Array) -> Blast:
 def _with_second(made: Blast, normal: _Normal) -> Blast:
     """The best B_j for the C_i and d_ij at hand."""
     second = np.empty(made.second.shape)
-    for column, (begin, end) in enumerate(cuts(second.shape[1], made.scales.shape[1])):
+    for column, (begin, end) in enumerate(cuts(made.second.shape[1], made.scales.shape[1])):
         scales = made.scales[:, column].astype(np.float64)
         left = np.einsum("pr,prqs,qs->rs", scales, normal.inner, scales, optimize=True)
         second[:, begin:end] = _solve(left, np.einsum("pr,prn->rn", scales, normal.wanted[:, :, begin:end]))
