@@ -38,6 +38,35 @@ def test_narrow_layers(technique: type[StructuredPass]) -> None:
 
 
 @every
+def test_single_rows(technique: type[StructuredPass]) -> None:
+    assert "one side of the weight is 1" in reason(technique, product(1, 16))
+
+
+@every
+def test_weights_of_zeros(technique: type[StructuredPass]) -> None:
+    proto = build("g (float[n,32] x) => (float[n,32] y) { y = MatMul(x, w) }", {"w": np.zeros((32, 32), np.float32)})
+    assert "all zeros" in reason(technique, proto)
+
+
+@every
+def test_zero_blocks_and_half_precision_give_finite_factors(technique: type[StructuredPass]) -> None:
+    weight = falling(32, 32).astype(np.float16)
+    weight[:16, :20] = 0
+    weight[:, 3] = 0
+    (site,) = problem(build("g (float16[n,32] x) => (float16[n,32] y) { y = MatMul(x, w) }", {"w": weight})).sites
+    made = technique()
+    analysis = made.analyse(site, None)
+    for ranks in made.ranks(site, analysis):
+        candidate = made.candidate(site, analysis, ranks)
+        factors = made.factorize(site, analysis, candidate)
+        assert all(np.isfinite(entry).all() for entry in factors.values())
+        assert all(entry.dtype == np.float16 for entry in factors.values() if entry.dtype.kind == "f")
+        dense, _ = made.effective(site, candidate, factors)
+        measured = np.linalg.norm(dense - weight) / np.linalg.norm(weight.astype(np.float64))
+        assert measured == pytest.approx(candidate.error, abs=2e-3)
+
+
+@every
 def test_old_operator_sets(technique: type[StructuredPass]) -> None:
     assert "operator set 11, the model has 9" in reason(technique, product(32, 32, opset=9))
 
