@@ -101,7 +101,7 @@ def compress_report(
         "peak_rss_bytes": peak_rss_bytes(),
         "data": _data(problem),
         "sites": _sites(problem, planned, labels),
-        "warnings": [*_warnings(problem), *_blind(problem, planned), *_resized(planned)],
+        "warnings": [*_warnings(problem), *_blind(problem, planned), *_resized(planned), *_grown(planned, target)],
     }
 
 
@@ -329,6 +329,22 @@ def _resized(planned: Any) -> list[str]:
             told.append(f"'{cache.name}' changed its shape: axis {cache.axis} is {width} instead of "
                         f"{site.attributes['width']}")  # fmt: skip
     return told
+
+
+def _grown(planned: Any, target: Target) -> list[str]:
+    """Layers that store more than before: a rank that was asked for may be past break-even."""
+    names = [
+        choice.proposal.site.name
+        for choice in planned.selection.choices
+        if target.kind == "rank" and choice.candidate.parameters > choice.proposal.site.parameters
+    ]
+    if not names:
+        return []
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    layers = "layer stores" if len(names) == 1 else "layers store"
+    return [
+        f"{len(names)} {layers} more than before, past break-even: {shown}; lower --rank, or leave out with --exclude"
+    ]
 
 
 def _fallen_back(session: Any) -> list[str]:

@@ -120,3 +120,10 @@ def test_options_out_of_range(technique: str, told: str) -> None:
 def test_a_model_without_suited_layers_tells_why(technique: type[StructuredPass]) -> None:
     with pytest.raises(TargetError, match=r"no layer can be factorized .*one side of the weight is 3"):
         compress(product(16, 3), keep_params=0.5, technique=[technique.name])
+
+
+def test_ranks_past_break_even_are_told() -> None:
+    told = compress(product(32, 32), rank=1.0, technique=["hierarchical"]).report["warnings"]
+    assert any("1 layer stores more than before, past break-even" in line for line in told), told
+    told = compress(product(32, 32), rank=2, technique=["hierarchical"]).report["warnings"]
+    assert not any("break-even" in line for line in told), told
