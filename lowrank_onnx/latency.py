@@ -9,12 +9,13 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import ModelProto
 
-from lowrank_onnx.base import Candidate, Site
+from lowrank_onnx.base import Candidate, Pass, Site
 from lowrank_onnx.cache import Cache
 from lowrank_onnx.errors import ModelError
 from lowrank_onnx.linalg import Array
@@ -26,7 +27,7 @@ from lowrank_onnx.runtime import gpu_libraries, onnxruntime, open_session
 from lowrank_onnx.sites.recurrent import has_lengths, state_inputs
 from lowrank_onnx.statistics import Progress
 from lowrank_onnx.stream import reads
-from lowrank_onnx.validation import benchmark
+from lowrank_onnx.validation import Timing, benchmark
 
 TIMED_RANKS = 6
 TIMED_RANKS_GPU = 16  # time there does not follow work: it falls and rises with the tiles that a rank fills
@@ -88,7 +89,6 @@ def latency_saving(
 
 def _curve(problem: Problem, proposal: Proposal, region: ModelProto, cache: Cache) -> LatencyCurve:
     site, technique = proposal.site, proposal.technique
-    small = Model(region, problem.model.path, "", "", 0)
     most = TIMED_RANKS_GPU if problem.runtime.on_gpu else TIMED_RANKS
     places = np.unique(np.linspace(0, len(proposal.candidates) - 1, most).round().astype(int))
     timed = sorted((proposal.candidates[place] for place in places), key=lambda entry: entry.macs or 0)
@@ -105,28 +105,57 @@ def _curve(problem: Problem, proposal: Proposal, region: ModelProto, cache: Cach
     }
     known = cache.get(key)
     if known is None:
-        models = [region]
-        for candidate in timed:
-            factors = technique.factorize(site, proposal.analysis, candidate)
-            models.append(rewrite(small, technique.emit(site, candidate, factors)))
-        sessions = [
-            open_session(entry, problem.runtime, problem.model.folder, what="a layer", timed=True) for entry in models
-        ]
-        rng = np.random.default_rng(0)
-        fed = _fed(problem)
-        feeds: dict[str, Array] = {
-            value.name: fed[value.name]
-            if value.name in fed
-            else rng.standard_normal([dim.dim_value for dim in value.type.tensor_type.shape.dim]).astype(
-                onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-            )
-            for value in region.graph.input
-        }
-        timing = benchmark(sessions, feeds, problem.runtime, 0, _SECONDS, _ROUNDS, 10)
+        entries = [(technique, proposal.analysis, candidate) for candidate in timed]
+        timing = _timed(problem, site, region, entries, _SECONDS)
         known = [1000 * latency.quiet for latency in timing.latencies]
         cache.put(key, known)
     work = tuple(float(entry.macs or 0) for entry in timed)
     return LatencyCurve(known[0], work, tuple(known[1:]))
+
+
+def race(problem: Problem, proposals: Sequence[Proposal], seconds: float = 1.0) -> Timing | None:
+    """Time the only candidates of some proposals at one site side by side, the dense layer last.
+
+    Returns:
+        Ratios are against the first proposal; None where the site cannot be timed alone.
+    """
+    site = proposals[0].site
+    region = _region(problem, site)
+    if region is None:
+        return None
+    entries = [(entry.technique, entry.analysis, entry.candidates[0]) for entry in proposals]
+    return _timed(problem, site, region, entries, seconds, dense_first=False)
+
+
+def _timed(
+    problem: Problem,
+    site: Site,
+    region: ModelProto,
+    entries: Sequence[tuple[Pass, Any, Candidate]],
+    seconds: float,
+    dense_first: bool = True,
+) -> Timing:
+    """Time a site as it is and some replacements, all in every round."""
+    small = Model(region, problem.model.path, "", "", 0)
+    models = [
+        rewrite(small, technique.emit(site, candidate, technique.factorize(site, analysis, candidate)))
+        for technique, analysis, candidate in entries
+    ]
+    models = [region, *models] if dense_first else [*models, region]
+    sessions = [
+        open_session(entry, problem.runtime, problem.model.folder, what="a layer", timed=True) for entry in models
+    ]
+    rng = np.random.default_rng(0)
+    fed = _fed(problem)
+    feeds: dict[str, Array] = {
+        value.name: fed[value.name]
+        if value.name in fed
+        else rng.standard_normal([dim.dim_value for dim in value.type.tensor_type.shape.dim]).astype(
+            onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        )
+        for value in region.graph.input
+    }
+    return benchmark(sessions, feeds, problem.runtime, 0, seconds, int(_ROUNDS * seconds / _SECONDS), 10)
 
 
 def _fed(problem: Problem) -> Mapping[str, Array]:
