@@ -21,7 +21,7 @@ def cached_probe(
     genuine = problem.genuine
     assert problem.calibrate is not None and genuine is not None
     shared = {
-        "what": f"damage 2 {__version__}",
+        "what": f"damage 3 {__version__}",
         "model": problem.model.digest,
         "data": problem.calibrate.sha256,
         "augmented": len(problem.training or ()) > len(genuine),

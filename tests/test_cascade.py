@@ -151,7 +151,8 @@ def test_the_threshold_is_the_smallest_that_keeps_the_wish(entries: list[tuple[i
 
 def test_new_samples_keep_the_wish_four_times_of_five() -> None:
     rng = np.random.default_rng(0)
-    missed, twice = [], []
+    missed: list[float] = []
+    twice: list[float] = []
     for _ in range(1000):
         parts = []
         for _ in range(2):
@@ -199,7 +200,7 @@ def test_the_confidence_is_not_chosen_on_the_samples_of_the_threshold() -> None:
         # Two confidences, equally good, that see each sample differently.
         views = [np.where(losses > 0, 0.5, 1.0) * rng.random(600) ** 0.5 for _ in range(2)]
         known, held, new = slice(0, 150), slice(150, 300), slice(300, 600)
-        thresholds = [choose_threshold(view[held], losses[held], 0.97) for view in views]
+        thresholds = [common_threshold([(view[held], losses[held])], 0.97) for view in views]
         fewest = min((0, 1), key=lambda which: float((views[which][held] < thresholds[which]).mean()))
         best = max((0, 1), key=lambda which: separation(views[which][known], losses[known]))
         for name, which in (("fewest", fewest), ("told before", best)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,6 +11,7 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from lowrank_onnx.coding import decode, encode
@@ -56,7 +58,7 @@ def test_what_would_lose_too_much_is_left_as_it_is() -> None:
 
 @pytest.mark.parametrize("kind", [np.float32, np.float16])
 def test_a_runtime_multiplies_out_when_it_loads(kind: type, tmp_path: Path) -> None:
-    value = np.random.default_rng(0).standard_normal((48, 32)).astype(kind)
+    value: NDArray[Any] = np.random.default_rng(0).standard_normal((48, 32)).astype(kind)
     code = encode(value)
     assert code is not None
     data_type = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
