@@ -9,7 +9,7 @@ from onnx import NodeProto
 
 from lowrank_onnx.model import Model, Scope, parameter_count, subgraphs
 from lowrank_onnx.shapes import Shapes, shape_of
-from lowrank_onnx.sites.attention_nodes import keys_seen
+from lowrank_onnx.sites.attention.nodes import keys_seen
 from lowrank_onnx.sites.weights import attribute, attribute_text
 
 

@@ -13,8 +13,8 @@ import onnx_graphsurgeon as gs
 
 from lowrank_onnx.base import Replacement, Site
 from lowrank_onnx.linalg import Array
-from lowrank_onnx.sites.attention import Resize, Scale, Table
-from lowrank_onnx.sites.attention_nodes import Turned
+from lowrank_onnx.sites.attention.nodes import Turned
+from lowrank_onnx.sites.attention.records import Resize, Scale, Table
 
 
 def narrowed(site: Site, width: int, chains: Sequence[Replacement], columns: Array | None = None) -> Replacement:
