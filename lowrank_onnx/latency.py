@@ -19,14 +19,13 @@ from lowrank_onnx.base import Candidate, Pass, Site
 from lowrank_onnx.cache import Cache
 from lowrank_onnx.errors import ModelError
 from lowrank_onnx.linalg import Array
-from lowrank_onnx.model import Model
+from lowrank_onnx.model import Model, reads
 from lowrank_onnx.problem import Problem
 from lowrank_onnx.proposals import Proposal
 from lowrank_onnx.rewrite import rewrite
 from lowrank_onnx.runtime import gpu_libraries, onnxruntime, open_session
 from lowrank_onnx.sites.recurrent import has_lengths, state_inputs
 from lowrank_onnx.statistics import Progress
-from lowrank_onnx.stream import reads
 from lowrank_onnx.validation import Timing, benchmark
 
 TIMED_RANKS = 6

@@ -327,6 +327,18 @@ def subgraphs(node: NodeProto) -> Iterator[tuple[str, GraphProto]]:
             yield f"{attribute.name}{position}", inner
 
 
+def reads(node: NodeProto) -> list[str]:
+    """Every tensor a node reads, those its bodies take from outside included."""
+    names = [name for name in node.input if name]
+    for _, inner in subgraphs(node):
+        made = {name for entry in inner.node for name in entry.output}
+        made |= {value.name for value in inner.input} | {tensor.name for tensor in inner.initializer}
+        for entry in inner.node:
+            names += [name for name in reads(entry) if name not in made]
+        names += [value.name for value in inner.output if value.name not in made]
+    return names
+
+
 def stored_tensors(proto: ModelProto) -> Iterator[TensorProto]:
     """Every tensor the model stores: initializers and Constant values, of graphs, subgraphs and functions."""
 

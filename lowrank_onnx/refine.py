@@ -21,13 +21,13 @@ from lowrank_onnx.batches import batches, by_length
 from lowrank_onnx.building import Choice, build, factorize
 from lowrank_onnx.kept import Kept
 from lowrank_onnx.linalg import Array
-from lowrank_onnx.model import Model, Scope
+from lowrank_onnx.model import Model, Scope, reads
 from lowrank_onnx.patches import as_linear
 from lowrank_onnx.probes import divergence, visible_outputs
 from lowrank_onnx.problem import Problem
 from lowrank_onnx.proposals import Proposal
 from lowrank_onnx.statistics import Progress, Rows, choose_rows, padding_mask, positions_of, row_layout
-from lowrank_onnx.stream import Stream, levels, reads
+from lowrank_onnx.stream import Stream, levels
 from lowrank_onnx.validation import safe_batch
 
 HELD_OUT = 0.2

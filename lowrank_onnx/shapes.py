@@ -10,7 +10,7 @@ from onnx import ModelProto, TensorProto
 
 from lowrank_onnx.errors import ModelError
 from lowrank_onnx.linalg import Array
-from lowrank_onnx.model import Model, Scope
+from lowrank_onnx.model import Model, Scope, reads, subgraphs
 from lowrank_onnx.runtime import Runtime, open_session, run
 
 Shapes = Mapping[tuple[str, str], tuple[int, ...]]
@@ -54,13 +54,10 @@ def measure_shapes(
         ModelError: onnxruntime cannot run the model on these inputs.
     """
     main = model.scopes[0]
-    wanted = {
-        name
-        for node in main.graph.node
-        if node.op_type in COSTLY_OPS
-        for name in (*node.input, *node.output)
-        if name and main.owner(name) is main
-    }
+    wanted = {name for node in main.graph.node if node.op_type in COSTLY_OPS for name in (*node.input, *node.output)}
+    if len(model.scopes) > 1:
+        wanted |= _tensors(model) & {name for node in main.graph.node for _ in subgraphs(node) for name in reads(node)}
+    wanted = {name for name in wanted if name and main.owner(name) is main}
     shapes = {("", name): tuple(tensor.dims) for name, tensor in main.initializers.items()}
     shapes.update({("", name): tuple(value.shape) for name, value in feeds.items()})
     wanted -= {name for _, name in shapes}
@@ -85,17 +82,30 @@ def _run_for_shapes(
     return {name: tuple(int(size) for size in values[output]) for name, output in zip(names, outputs, strict=True)}
 
 
+def _tensors(model: Model) -> set[str]:
+    """What is known to be a tensor of the main graph, and no sequence or map."""
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model.proto)
+    except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
+        return set()
+    return {value.name for value in inferred.graph.value_info if value.type.HasField("tensor_type")}
+
+
 def _infer_inner(model: Model, shapes: dict[tuple[str, str], tuple[int, ...]]) -> None:
     copy = ModelProto()
     copy.CopyFrom(model.proto)
     for value in copy.graph.input:
         measured = shapes.get(("", value.name))
         if measured is not None and value.type.HasField("tensor_type"):
-            del value.type.tensor_type.shape.dim[:]
-            for size in measured:
-                value.type.tensor_type.shape.dim.add().dim_value = size
+            _write_shape(value, measured)
     try:
         inferred = onnx.shape_inference.infer_shapes(copy, data_prop=True)
+        # A shape that is computed is not followed: what bodies read of such tensors is told as it was measured.
+        for value in inferred.graph.value_info:
+            measured = shapes.get(("", value.name))
+            if measured is not None and value.type.HasField("tensor_type"):
+                _write_shape(value, measured)
+        inferred = onnx.shape_inference.infer_shapes(inferred, data_prop=True)
     except (onnx.shape_inference.InferenceError, ValueError, RuntimeError):
         return  # the shapes inside stay unknown, and the report says so
     paired = Model(inferred, None, "", "", 0).scopes
@@ -107,6 +117,12 @@ def _infer_inner(model: Model, shapes: dict[tuple[str, str], tuple[int, ...]]) -
                 shapes[(scope.path, value.name)] = tuple(dim.dim_value for dim in dims)
         for name, tensor in scope.initializers.items():
             shapes.setdefault((scope.path, name), tuple(tensor.dims))
+
+
+def _write_shape(value: onnx.ValueInfoProto, shape: tuple[int, ...]) -> None:
+    del value.type.tensor_type.shape.dim[:]
+    for size in shape:
+        value.type.tensor_type.shape.dim.add().dim_value = size
 
 
 def static_shapes(model: Model) -> dict[tuple[str, str], tuple[int, ...]]:

@@ -17,7 +17,7 @@ from lowrank_onnx.base import Site
 from lowrank_onnx.data import Dataset
 from lowrank_onnx.errors import ModelError
 from lowrank_onnx.linalg import Array
-from lowrank_onnx.model import subgraphs
+from lowrank_onnx.model import reads
 from lowrank_onnx.runtime import Runtime, fit_empty, open_session, run
 
 
@@ -189,18 +189,6 @@ def levels(stream: Stream, items: Sequence[tuple[int, tuple[Site, ...]]]) -> lis
             depths[part.name] = max(depth, depths.get(part.name, 0))
         grouped.setdefault(depth, []).append((place, members))
     return [grouped[depth] for depth in sorted(grouped)]
-
-
-def reads(node: NodeProto) -> list[str]:
-    """Every tensor a node reads, those its bodies take from outside included."""
-    names = [name for name in node.input if name]
-    for _, inner in subgraphs(node):
-        made = {name for entry in inner.node for name in entry.output}
-        made |= {value.name for value in inner.input} | {tensor.name for tensor in inner.initializer}
-        for entry in inner.node:
-            names += [name for name in reads(entry) if name not in made]
-        names += [value.name for value in inner.output if value.name not in made]
-    return names
 
 
 def _value_info(name: str, value: Any) -> onnx.ValueInfoProto:

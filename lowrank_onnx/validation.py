@@ -325,7 +325,8 @@ def _bound(session: Any, feeds: Mapping[str, Array], runtime: Runtime) -> Any:
     """A call that runs the session once, with inputs on the device and outputs left there."""
     shapes = {value.name: tuple(value.shape) for value in session.get_inputs()}
     fitted = fit_empty(feeds, shapes)
-    if any(value.dtype.kind in "OSU" for value in fitted.values()):  # text has no device to be on
+    text = any(value.dtype.kind in "OSU" for value in fitted.values())
+    if text or _is_misdeclared(session, fitted):  # text has no device to be on
 
         def call() -> None:
             session.run(None, fitted)
@@ -338,6 +339,19 @@ def _bound(session: Any, feeds: Mapping[str, Array], runtime: Runtime) -> Any:
     except Exception as error:  # onnxruntime raises a class of its own for each status code
         raise ModelError(f"onnxruntime could not run the model on the given shapes: {one_line(error)}") from error
     return call
+
+
+def _is_misdeclared(session: Any, feeds: Mapping[str, Array]) -> bool:
+    """Whether an output has another shape than the model says: onnxruntime warns, but reuses no buffer for it."""
+    made = run(session, feeds)
+    for output in session.get_outputs():
+        declared, shape = output.shape, np.shape(made[output.name]) if hasattr(made[output.name], "dtype") else ()
+        if declared and (
+            len(declared) != len(shape)
+            or any(isinstance(size, int) and size != real for size, real in zip(declared, shape, strict=True))
+        ):
+            return True
+    return False
 
 
 def _on_device(session: Any, feeds: Mapping[str, Array], runtime: Runtime) -> Callable[[], None]:

@@ -63,6 +63,22 @@ BY_HAND = {
             body = b (float[20] h, float[16] v) => (float[20] n, float[20] o) {
                 p = MatMul(v, w) n = Add(p, h) o = Identity(n) }> (s, x) }""",
         {"w": W}, {"x": ones(6, 16), "s": ones(20)}, 6 * 320),
+    "scan behind a computed shape": (
+        """g (float[t,16] x, float[20] s, int64[2] h) => (float[20] y, float[t,20] z) { t = Reshape(x, h)
+            y, z = Scan <num_scan_inputs = 1, body = b (float[20] h, float[k] v) => (float[20] n, float[20] o) {
+                u = Identity(v) p = MatMul(u, w) n = Add(p, h) o = Identity(n) }> (s, t) }""",
+        {"w": W}, {"x": ones(6, 16), "s": ones(20), "h": np.array([6, 16])}, 6 * 320),
+    "if behind a computed shape": (
+        """g (float[t,16] x, bool c, int64[2] h) => (float[n,20] y) { t = Reshape(x, h) y = If (c) <
+            then_branch = a () => (float[n,20] r) { r = MatMul(t, w) },
+            else_branch = b () => (float[n,20] r) { u = Relu(t) r = MatMul(u, w) } > }""",
+        {"w": W}, {"x": ones(6, 16), "c": np.array(True), "h": np.array([6, 16])}, 6 * 320),
+    "sequence in a loop": (
+        """g (float[n,16] x, int64 m) => (float[n,20] y) { c = Constant<value=bool {1}>() e = SequenceEmpty()
+            q = Loop (m, c, e) < body = b (int64 i, bool k, seq(float[n,16]) s) => (bool o, seq(float[n,16]) r) {
+                o = Identity(k) r = SequenceInsert(s, x) } >
+            z = Constant<value=int64 {0}>() t = SequenceAt(q, z) y = MatMul(t, w) }""",
+        {"w": W}, {"x": ones(3, 16), "m": np.array(3)}, 3 * 320),
     "loop has no known number of steps": (
         """g (float[n,16] x, int64 m) => (float[n,16] y) { c = Constant<value=bool {1}>() y = Loop (m, c, x) <
             body = b (int64 i, bool k, float[n,16] s) => (bool o, float[n,16] r) {
