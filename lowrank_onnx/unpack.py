@@ -17,6 +17,7 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 _KEPT = ("mask_filter_value", "num_heads", "scale", "unidirectional")
+_WHOLE = (TensorProto.INT64, TensorProto.INT32)
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 
 
@@ -46,11 +47,23 @@ def unpack_attention(proto: ModelProto, before: Callable[[], None]) -> None:
     copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(copies)
-    unread = packed - set(_reads(graph)) - {value.name for value in graph.output}
-    for field in (graph.initializer, graph.input):
-        for place in range(len(field) - 1, -1, -1):
-            if field[place].name in unread:
-                del field[place]
+    _drop_unread(graph, packed)
+
+
+def _drop_unread(graph: GraphProto, names: set[str]) -> None:
+    """Take out which of these constants nobody reads any more, and what was there for them alone."""
+    outputs = {value.name for value in graph.output}
+    while unread := names - set(_reads(graph)) - outputs:
+        unread -= {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
+        for field in (graph.initializer, graph.value_info, graph.input):
+            for place in range(len(field) - 1, -1, -1):
+                if field[place].name in unread:
+                    del field[place]
+        names = set()
+        for place in range(len(graph.node) - 1, -1, -1):
+            if graph.node[place].output and unread.issuperset(filter(None, graph.node[place].output)):
+                names.update(_reads_of(graph.node[place]))
+                del graph.node[place]
 
 
 def _reads(graph: GraphProto) -> Iterator[str]:
@@ -117,7 +130,7 @@ class _Packed:
     Attributes:
         layer: MatMul or Gemm.
         add: The Add of its bias; None without one.
-        weight, bias: As ``x @ weight + bias``; names of their tensors in ``stored``.
+        weight, bias: As ``x @ weight + bias``; their tensors may serve others too.
         flat: Reshapes of rows between the layer and the cuts.
         cuts: The nodes that cut.
         parts: The tensors, and their first and last columns.
@@ -129,11 +142,15 @@ class _Packed:
     add: NodeProto | None
     weight: np.ndarray
     bias: np.ndarray | None
-    stored: tuple[str, ...]
     flat: tuple[NodeProto, ...]
     cuts: tuple[NodeProto, ...]
     parts: tuple[tuple[str, int, int], ...]
     heads: tuple[str | np.ndarray, ...] = ()
+
+    @property
+    def nodes(self) -> list[NodeProto]:
+        """All that goes."""
+        return [self.layer, *([self.add] if self.add is not None else []), *self.flat, *self.cuts]
 
 
 def unpack_layers(proto: ModelProto, before: Callable[[], None]) -> None:
@@ -154,7 +171,7 @@ def unpack_layers(proto: ModelProto, before: Callable[[], None]) -> None:
     before()
     gone: dict[int, list[NodeProto]] = {}
     for packed in found:
-        old = [packed.layer, *([packed.add] if packed.add is not None else []), *packed.flat, *packed.cuts]
+        old = packed.nodes
         # Behind the last of them, whatever else the Reshapes read is there.
         last = max(next(at for at, node in enumerate(graph.node) if node is entry) for entry in old)
         for at, node in enumerate(graph.node):
@@ -165,11 +182,7 @@ def unpack_layers(proto: ModelProto, before: Callable[[], None]) -> None:
     copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(copies)
-    unread = {name for packed in found for name in packed.stored} - set(_reads(graph))
-    unread -= {value.name for value in graph.output}
-    for place in range(len(graph.initializer) - 1, -1, -1):
-        if graph.initializer[place].name in unread:
-            del graph.initializer[place]
+    _drop_unread(graph, {name for packed in found for node in packed.nodes for name in node.input})
     renamed = {name for packed in found for node in packed.flat for name in node.output}
     for place in range(len(graph.value_info) - 1, -1, -1):
         if graph.value_info[place].name in renamed:
@@ -189,10 +202,14 @@ class _Graph:
         self.kept = {value.name for value in graph.output} | {value.name for value in graph.input}
 
     def value(self, name: str) -> np.ndarray | None:
-        """A constant inside the file."""
+        """A constant inside the file; whole numbers also behind a Cast to such, as some exporters write shapes."""
         tensor = self.stored.get(name)
         if tensor is None:
             node = self.made.get(name)
+            if node is not None and node.op_type in ("Cast", "Identity") and name not in self.kept:
+                value = self.value(node.input[0])
+                whole = value is not None and value.dtype.kind in "iu"
+                return value if whole and next((entry.i for entry in node.attribute), _WHOLE[0]) in _WHOLE else None
             if node is None or node.op_type != "Constant" or node.attribute[0].name != "value":
                 return None
             tensor = node.attribute[0].t
@@ -213,10 +230,9 @@ class _Graph:
         if weight is None or weight.ndim != 2 or weight.dtype not in (np.float32, np.float16):
             return None
         weight = weight.T if numbers.get("transB") else weight
-        name, add, stored, bias = layer.output[0], None, [layer.input[1]], None
+        name, add, bias = layer.output[0], None, None
         if layer.op_type == "Gemm" and len(layer.input) > 2:
             bias = self.value(layer.input[2])
-            stored.append(layer.input[2])
             if bias is None:
                 return None
         readers = self.readers_but_shape(name)
@@ -224,7 +240,6 @@ class _Graph:
             add = readers[0]
             other = add.input[1] if add.input[0] == name else add.input[0]
             bias = self.value(other)
-            stored.append(other)
             if bias is None or name in self.kept or self.readers.get(name, []) != [add]:
                 return None
             name = add.output[0]
@@ -239,7 +254,7 @@ class _Graph:
         cuts = self.cuts(name, weight.shape[1]) or self.stacked(name, weight.shape[1])
         if cuts is None or not all(self.before_softmax(part) for part, _, _ in cuts[1][:2]):
             return None
-        return _Packed(layer, add, weight, bias, tuple(stored), tuple(flat), *cuts)
+        return _Packed(layer, add, weight, bias, tuple(flat), *cuts)
 
     def stacked(
         self, name: str, width: int

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from lowrank_onnx.kept import dense_node
+from lowrank_onnx.model import parameter_count
 from lowrank_onnx.passes.heads import Heads
 from lowrank_onnx.problem import Problem, pose
 from lowrank_onnx.rewrite import rewrite
@@ -179,6 +180,43 @@ def test_exported_blocks_are_understood(spelling: str) -> None:
     assert 1e-5 < difference(answers(narrow, data)["out"], expected) < 0.9
     other = {name: value[:3, :4] for name, value in data.items()}
     assert answers(narrow, other)["out"].shape == (3, 4, WIDTH)
+
+
+def test_numbers_of_shapes_behind_casts_are_read() -> None:
+    """As PaddlePaddle's exporter writes them."""
+    proto, data = exported("packed and stacked, as vision transformers do")
+    constants = {node.output[0]: node.attribute[0].t for node in proto.graph.node if node.op_type == "Constant"}
+    constants |= {tensor.name: tensor for tensor in proto.graph.initializer}
+    casts = []
+    for node in proto.graph.node:
+        if node.op_type == "Concat":
+            for slot, name in enumerate(node.input):
+                if name in constants:
+                    stored = f"{node.output[0]}/{slot}"
+                    values = onnx.numpy_helper.to_array(constants[name]).astype(np.int32)
+                    proto.graph.initializer.append(onnx.numpy_helper.from_array(values, stored))
+                    casts.append(onnx.helper.make_node("Cast", [stored], [f"{stored}/cast"], to=TensorProto.INT64))
+                    node.input[slot] = f"{stored}/cast"
+    nodes = [*casts, *proto.graph.node]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    assert len(casts) > 2
+    posed = pose(proto, Runtime("cpu", 1), calibrate=data)
+    assert {site.attributes["half"] for site in posed.sites if site.kind == "attention"} == {"scores", "values"}
+    expected = answers(proto, data)["out"]
+    assert difference(answers(at_width(posed, SIZE), data)["out"], expected) < 1e-5
+
+
+def test_weights_stored_as_nodes_are_stored_once_when_cut() -> None:
+    proto, data = exported("packed and stacked, as vision transformers do")
+    stored = list(proto.graph.initializer)
+    del proto.graph.initializer[:]
+    for place, tensor in enumerate(stored):
+        proto.graph.node.insert(place, onnx.helper.make_node("Constant", [], [tensor.name], value=tensor))
+    before = parameter_count(proto)
+    posed = pose(proto, Runtime("cpu", 1), calibrate=data)
+    assert {site.attributes["half"] for site in posed.sites if site.kind == "attention"} == {"scores", "values"}
+    assert parameter_count(posed.model.proto) == before
 
 
 def test_what_is_not_understood_is_told() -> None:
