@@ -8,6 +8,7 @@ state has lost, and the other way round.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -111,19 +112,20 @@ class CellBasis:
         inputs, hidden = self.w.shape[2], self.r.shape[2]
         coupled = moments.coupled
         seconds, state_seconds = made.second.copy(), made.state_second.copy()
-        into = np.eye(inputs) if made.first is None else made.first.T
+        into = None if made.first is None else made.first.T
         for d in range(len(self.w)):
-            state = np.eye(hidden) if made.state_first is None else made.state_first[d]
+            state = None if made.state_first is None else made.state_first[d]
             gram = direction_gram(moments.gram, inputs, hidden, d)
-            projected = scipy.linalg.block_diag(into, state) @ gram  # (r + s, I + H)
-            inner = projected @ scipy.linalg.block_diag(into, state).T
+            projected = _on_both(into, state, gram, inputs)  # (r + s, I + H)
+            inner = _on_both(into, state, projected.T, inputs)
             before = np.concatenate([made.second[d], made.state_second[d]], axis=1)[coupled]
             wanted = np.concatenate([self.w[d], self.r[d]], axis=1)[coupled] @ projected.T
             shrink = self.ridge * float(np.trace(inner)) / len(inner)
             left = inner + shrink * np.eye(len(inner))
             fitted = scipy.linalg.solve(left, (wanted + shrink * before).T, assume_a="pos").T
-            seconds[d][coupled] = fitted[:, : len(into)]
-            state_seconds[d][coupled] = fitted[:, len(into) :]
+            own = inputs if into is None else len(into)
+            seconds[d][coupled] = fitted[:, :own]
+            state_seconds[d][coupled] = fitted[:, own:]
         return CellFactors(made.first, seconds, made.state_first, state_seconds)
 
     def path(self, input_ranks: Sequence[int], state_ranks: Sequence[int]) -> list[tuple[int, int]]:
@@ -173,7 +175,7 @@ class CellBasis:
         if moments is None:
             return None
         lost = self._energy(self.w - made.input_weight, self.r - made.state_weight, moments)
-        total = self._energy(self.w, self.r, moments)
+        total = self._own_energy if moments is self.moments else self._energy(self.w, self.r, moments)
         return float(np.sqrt(max(lost, 0.0) / total)) if total > 0 else 0.0
 
     def weight_error(self, made: CellFactors) -> float:
@@ -181,6 +183,11 @@ class CellBasis:
         lost = np.linalg.norm(self.w - made.input_weight) ** 2 + np.linalg.norm(self.r - made.state_weight) ** 2
         total = np.linalg.norm(self.w) ** 2 + np.linalg.norm(self.r) ** 2
         return float(np.sqrt(lost / total)) if total > 0 else 0.0
+
+    @functools.cached_property
+    def _own_energy(self) -> float:
+        assert self.moments is not None
+        return self._energy(self.w, self.r, self.moments)
 
     def _energy(self, w: Array, r: Array, moments: CellMoments) -> float:
         inputs, hidden = w.shape[2], r.shape[2]
@@ -193,6 +200,12 @@ class CellBasis:
             mixed = (a @ gram[:inputs, inputs:])[moments.coupled]
             total += 2 * float(np.vdot(mixed, b[moments.coupled]))
         return total
+
+
+def _on_both(into: Array | None, state: Array | None, values: Array, inputs: int) -> Array:
+    """The first rows multiplied by ``into``, the others by ``state``; None for the identity."""
+    upper, lower = values[:inputs], values[inputs:]
+    return np.concatenate([upper if into is None else into @ upper, lower if state is None else state @ lower])
 
 
 def direction_gram(gram: Array, inputs: int, hidden: int, direction: int) -> Array:
