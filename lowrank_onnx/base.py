@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -236,6 +235,9 @@ class Replacement:
     resized: tuple[tuple[str, int, int], ...] = ()
 
 
+_LARGEST = 1_000_000  # of any number among the options: far beyond every rank, count and share there is
+
+
 @dataclass(frozen=True)
 class Pass(ABC):
     """One technique. Its dataclass fields are its options, set by ``--technique name:option=value``.
@@ -257,6 +259,17 @@ class Pass(ABC):
     needs_data: ClassVar[bool] = False
     spells_out: ClassVar[bool] = False
     widens: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the numbers among the options; a technique with narrower ranges calls this first.
+
+        Raises:
+            ValueError: One is NaN, negative or beyond every use.
+        """
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, int | float) and not 0 <= value <= _LARGEST:  # NaN is not between either
+                raise ValueError(f"{entry.name} must not be negative nor above {_LARGEST}, got {value:g}")
 
     @abstractmethod
     def refuse(self, site: Site) -> str | None:
@@ -391,10 +404,7 @@ def _parse(technique: str, name: str, text: str, annotation: str) -> Any:
     try:
         if annotation == "bool":
             return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
-        value = {"int": int, "float": float, "str": str}[annotation](text)
-        if isinstance(value, float) and not math.isfinite(value):  # NaN passes every check of a range
-            raise ValueError(text)
-        return value
+        return {"int": int, "float": float, "str": str}[annotation](text)
     except (KeyError, ValueError) as error:
         raise LowRankError(
             f"option '{name}' of technique '{technique}' must be of type {annotation}, got '{text}'"

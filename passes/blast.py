@@ -32,8 +32,9 @@ class BlastPass(StructuredPass):
     blocks: int = 0
 
     def __post_init__(self) -> None:
-        if self.blocks < 0 or self.blocks == 1 or self.ridge < 0:
-            raise ValueError("blocks must be 0 or at least 2, ridge must not be negative")
+        super().__post_init__()
+        if self.blocks == 1:
+            raise ValueError("blocks must be 0 or at least 2")
 
     def forms(self, site: Site) -> Sequence[Any]:
         """See StructuredPass.forms."""

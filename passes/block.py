@@ -42,12 +42,13 @@ class Block(StructuredPass):
     order: str = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.form not in ("auto", *FORMS):
             raise ValueError(f"form must be auto, {', '.join(FORMS)}; got '{self.form}'")
         if self.order not in ("auto", "yes", "no"):
             raise ValueError(f"order must be auto, yes or no, got '{self.order}'")
-        if self.blocks < 2 or self.ridge < 0:
-            raise ValueError("blocks must be at least 2, ridge must not be negative")
+        if self.blocks < 2:
+            raise ValueError("blocks must be at least 2")
 
     def forms(self, site: Site) -> Sequence[Any]:
         """See StructuredPass.forms."""

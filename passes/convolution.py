@@ -104,10 +104,6 @@ class ConvolutionPass(Pass):
     ridge: float = 0.001
     sweeps: int = 6
 
-    def __post_init__(self) -> None:
-        if self.multiple < 0 or self.ridge < 0 or self.sweeps < 0:
-            raise ValueError("multiple, ridge and sweeps must not be negative")
-
     # --- what a technique says -----------------------------------------------------------------------
 
     @abstractmethod

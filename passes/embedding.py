@@ -39,10 +39,6 @@ class Embedding(Pass):
     multiple: int = 0
     smoothing: float = 0.0
 
-    def __post_init__(self) -> None:
-        if self.multiple < 0 or self.smoothing < 0:
-            raise ValueError("multiple and smoothing must not be negative")
-
     def refuse(self, site: Site) -> str | None:
         """See Pass.refuse."""
         return refuse_table(site)

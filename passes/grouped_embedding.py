@@ -61,8 +61,9 @@ class GroupedEmbedding(Pass):
     smoothing: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.groups < 2 or min(self.rounds, self.multiple, self.smoothing) < 0:
-            raise ValueError("groups must be 2 or more; rounds, multiple and smoothing must not be negative")
+        super().__post_init__()
+        if self.groups < 2:
+            raise ValueError("groups must be 2 or more")
 
     def refuse(self, site: Site) -> str | None:
         """See Pass.refuse."""

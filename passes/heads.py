@@ -86,10 +86,6 @@ class Heads(Pass):
     multiple: int = 0
     ridge: float = 0.001
 
-    def __post_init__(self) -> None:
-        if self.multiple < 0 or self.ridge < 0:
-            raise ValueError("multiple and ridge must not be negative")
-
     def refuse(self, site: Site) -> str | None:
         """See Pass.refuse."""
         if site.attributes["half"] == "whole":

@@ -34,8 +34,9 @@ class Hierarchical(StructuredPass):
     leaf: int = 2
 
     def __post_init__(self) -> None:
-        if self.depth < 0 or self.leaf < 1 or self.ridge < 0:
-            raise ValueError("depth and ridge must not be negative, leaf must be at least 1")
+        super().__post_init__()
+        if self.leaf < 1:
+            raise ValueError("leaf must be at least 1")
 
     def forms(self, site: Site) -> Sequence[Any]:
         """See StructuredPass.forms."""

@@ -38,10 +38,6 @@ class Kronecker(StructuredPass):
     name = "kronecker"
     reference = "Van Loan & Pitsianis 1993, doi:10.1007/978-94-015-8196-7_17"
 
-    def __post_init__(self) -> None:
-        if self.ridge < 0:
-            raise ValueError("ridge must not be negative")
-
     def refuse(self, site: Site) -> str | None:
         """See Pass.refuse."""
         refusal = super().refuse(site)

@@ -81,10 +81,6 @@ class Logits(Pass):
     ridge: float = 0.01
     rerank: int = 0
 
-    def __post_init__(self) -> None:
-        if min(self.multiple, self.ridge, self.rerank) < 0:
-            raise ValueError("multiple, ridge and rerank must not be negative")
-
     def refuse(self, site: Site) -> str | None:
         """See Pass.refuse."""
         if site.weight.ndim != 2 or len(site.uses) > 1 or not is_scores(site, site.uses[0]):

@@ -31,8 +31,9 @@ class Monarch(StructuredPass):
     groups: int = 0
 
     def __post_init__(self) -> None:
-        if self.groups < 0 or self.groups == 1 or self.ridge < 0:
-            raise ValueError("groups must be 0 or at least 2, ridge must not be negative")
+        super().__post_init__()
+        if self.groups == 1:
+            raise ValueError("groups must be 0 or at least 2")
 
     def forms(self, site: Site) -> Sequence[Any]:
         """See StructuredPass.forms."""

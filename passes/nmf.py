@@ -77,8 +77,9 @@ class NMF(Pass):
     smoothing: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1 or self.iterations < 1 or min(self.ridge, self.smoothing) < 0:
-            raise ValueError("sparsity must be in [0, 1), iterations 1 or more, ridge and smoothing not negative")
+        super().__post_init__()
+        if self.sparsity >= 1 or self.iterations < 1:
+            raise ValueError("sparsity must be in [0, 1), iterations 1 or more")
 
     def refuse(self, site: Site) -> str | None:
         """See Pass.refuse."""

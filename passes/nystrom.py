@@ -59,8 +59,9 @@ class Nystrom(Pass):
     shortest: int = 512
 
     def __post_init__(self) -> None:
-        if self.max_error < 0 or self.landmarks < 0 or self.steps < 1 or self.shortest < 1:
-            raise ValueError("max_error and landmarks must not be negative, steps and shortest at least 1")
+        super().__post_init__()
+        if self.steps < 1 or self.shortest < 1:
+            raise ValueError("steps and shortest must be at least 1")
 
     def refuse(self, site: Site) -> str | None:
         """See Pass.refuse."""

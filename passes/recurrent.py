@@ -44,10 +44,6 @@ class RecurrentPass(Pass):
     multiple: int = 0
     ridge: float = 0.0
 
-    def __post_init__(self) -> None:
-        if self.multiple < 0 or self.ridge < 0:
-            raise ValueError("multiple and ridge must not be negative")
-
     @abstractmethod
     def replace(self, site: Site, use: Use, factors: Factors) -> Replacement:
         """The nodes that take the place of one use."""

@@ -63,10 +63,6 @@ class RecurrentUnits(Pass):
     ridge: float = 0.0
     outward: float = 1.0
 
-    def __post_init__(self) -> None:
-        if self.multiple < 0 or self.ridge < 0 or self.outward < 0:
-            raise ValueError("multiple, ridge and outward must not be negative")
-
     def refuse(self, site: Site) -> str | None:
         """See Pass.refuse."""
         if not site.weight.any():

@@ -50,10 +50,6 @@ class SharedInput(Pass):
     multiple: int = 0
     ridge: float = 0.01
 
-    def __post_init__(self) -> None:
-        if self.multiple < 0 or self.ridge < 0:
-            raise ValueError("multiple and ridge must not be negative")
-
     def refuse(self, site: Site) -> str | None:
         """See Pass.refuse."""
         if min(site.weight.shape) < 2:

@@ -59,8 +59,9 @@ class SVD(Pass):
     gain: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.multiple < 0 or self.ridge < 0 or not 0 <= self.gain <= 1:
-            raise ValueError("multiple and ridge must not be negative, gain must be in [0, 1]")
+        super().__post_init__()
+        if self.gain > 1:
+            raise ValueError("gain must be in [0, 1]")
 
     def refuse(self, site: Site) -> str | None:
         """See Pass.refuse."""

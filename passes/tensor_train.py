@@ -39,8 +39,9 @@ class TensorTrain(Pass):
     smoothing: float = 1.0
 
     def __post_init__(self) -> None:
-        if min(self.multiple, self.ridge, self.smoothing) < 0 or self.cores < 2:
-            raise ValueError("multiple, ridge and smoothing must not be negative, cores must be 2 or more")
+        super().__post_init__()
+        if self.cores < 2:
+            raise ValueError("cores must be 2 or more")
 
     def _of(self, site: Site) -> Pass:
         if site.kind == "embedding":

@@ -34,10 +34,6 @@ class WholeHeads(Pass):
     multiple: int = 0
     ridge: float = 0.001
 
-    def __post_init__(self) -> None:
-        if self.multiple < 0 or self.ridge < 0:
-            raise ValueError("multiple and ridge must not be negative")
-
     @property
     def _heads(self) -> Heads:
         return Heads(ridge=self.ridge)

@@ -17,7 +17,8 @@ import pytest
 from onnx import ModelProto, NodeProto
 
 from lowrank_onnx.base import KINDS as ALL_KINDS
-from lowrank_onnx.base import Candidate, Dense, Factors, Pass, RankWish, Replacement, Site
+from lowrank_onnx.base import Candidate, Dense, Factors, Pass, RankWish, Replacement, Site, configure
+from lowrank_onnx.errors import LowRankError
 from lowrank_onnx.model import parameter_count, serialize
 from lowrank_onnx.passes import PASSES
 from lowrank_onnx.passes.bayesian import Bayesian
@@ -904,6 +905,17 @@ def test_passes_take_kinds_that_exist() -> None:
 
 def test_names_of_passes_are_unique() -> None:
     assert len({technique.name for technique in PASSES}) == len(PASSES)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "1e300", str(10**30)])
+def test_numbers_out_of_every_range_are_refused(value: str) -> None:
+    for technique in PASSES:
+        for option in dataclasses.fields(technique):
+            if option.type in ("int", "float"):
+                with pytest.raises(
+                    LowRankError, match=f"'{technique.name}'.*{option.name}|{option.name}.*'{technique.name}'"
+                ):
+                    configure(technique, {option.name: value})
 
 
 @each_case
