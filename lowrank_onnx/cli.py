@@ -360,7 +360,7 @@ def validate(
 @_evaluate
 @_runtime
 @_seed
-@click.option("--seconds", type=click.FloatRange(0.1), default=6.0, show_default=True, help="Time to spend.")
+@click.option("--seconds", type=float, default=6.0, show_default=True, help="Time to spend at most.")
 @_json
 @_overwrite
 def benchmark(models: tuple[Path, ...], json_file: Path | None, overwrite: bool, **options: Any) -> None:

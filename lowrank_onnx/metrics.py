@@ -80,8 +80,10 @@ def resolve_metric(name: str) -> Metric:
     """Return a metric by its name, or a user's ``path.py:function`` or ``module:function``.
 
     Raises:
-        MetricError: The name is unknown, or the function cannot be imported.
+        MetricError: The name is unknown or no text, or the function cannot be imported.
     """
+    if not isinstance(name, str):
+        raise MetricError(f"metric must be a name or path.py:function as text, got {type(name).__name__}")
     if name in METRICS:
         return METRICS[name]
     if is_function(name):

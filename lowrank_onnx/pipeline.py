@@ -488,7 +488,15 @@ def benchmark(
     seed: int = 0,
     seconds: float = 6.0,
 ) -> dict[str, Any]:
-    """Time models side by side; ratios are to the first."""
+    """Time models side by side; ratios are to the first.
+
+    Args:
+        seconds: Time to spend at most, from 0.1 to 3600.
+    """
+    if not 0.1 <= seconds <= 3600:  # NaN is not between either
+        raise LowRankError(f"--seconds must be from 0.1 to 3600, got {seconds:g}")
+    if not models:
+        raise LowRankError("there is no model to time; name at least one")
     runtime = Runtime(provider, threads)
     opened = [open_model(source) for source in models]
     sessions = [
@@ -582,6 +590,9 @@ def sweep(
         TargetError: No budget can be met.
     """
     clock = Clock()
+    if not budgets or not all(0 < budget <= 1 for budget in budgets):
+        told = ",".join(f"{budget:g}" for budget in budgets)
+        raise LowRankError(f"--budgets must be one or more shares in (0, 1], such as 0.7,0.5; got '{told}'")
     targets = [read_target({f"keep_{by}": budget}) for budget in sorted(set(budgets), reverse=True)]
     settings = Settings(
         techniques_of(technique),

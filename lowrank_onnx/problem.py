@@ -90,10 +90,21 @@ class Problem:
 
 
 def open_model(source: Source) -> Model:
-    """Load a model from a file, or wrap one from memory."""
+    """Load a model from a file, or wrap one from memory.
+
+    Raises:
+        ModelError: It is neither, or cannot be read.
+    """
     if isinstance(source, Model):
         return source
-    return from_proto(source) if isinstance(source, onnx.ModelProto) else load(source)
+    if isinstance(source, onnx.ModelProto):
+        return from_proto(source)
+    if not isinstance(source, str | os.PathLike):
+        raise ModelError(
+            f"the model must be a file or an onnx.ModelProto, got {type(source).__name__}; bytes are read with "
+            "onnx.load_model_from_string"
+        )
+    return load(source)
 
 
 def read_data(source: Data | None, specs: Sequence[InputSpec], option: str) -> Dataset | None:
@@ -133,7 +144,7 @@ def pose(
     specs = input_specs(session)
     if mask is not None and mask not in {spec.name for spec in specs}:
         raise DataError(f"--mask '{mask}' is no input of the model; inputs: {', '.join(spec.name for spec in specs)}")
-    chosen = resolve_metric(metric) if isinstance(metric, str) else metric
+    chosen = metric if metric is None or isinstance(metric, Metric) else resolve_metric(metric)
     data = {
         option: read_data(entry, specs, option)
         for option, entry in (("--calibrate", calibrate), ("--evaluate", evaluate))

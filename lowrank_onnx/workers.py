@@ -27,6 +27,10 @@ class Workers:
     jobs: int = 1
     scheduler: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise LowRankError(f"--jobs must be at least 1, got {self.jobs}; it is the number of processes")
+
     def run(self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> list[Any]:
         """Return what a function gives for each tuple of arguments, in their order.
 

@@ -19,6 +19,7 @@ import onnx
 import pytest
 from onnx import ModelProto
 
+import lowrank_onnx
 import lowrank_onnx.report as report_package
 from lowrank_onnx.cli import main
 from lowrank_onnx.passes import PASSES
@@ -429,6 +430,30 @@ def test_a_sweep_that_reaches_nothing_leaves_no_folder(run: Run, folder: Path) -
     (folder / "d").mkdir()
     assert_refused(run, folder, "sweep", "m.onnx", "-o", "d", "--budgets", "0.0001", status=3)
     assert (folder / "d").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(("benchmark", "m.onnx", "--seconds", value), "--seconds") for value in ("nan", "inf", "-1", "0", "1e9")]
+    + [(("sweep", "m.onnx", "-o", "d", "--budgets", value), "--budgets") for value in ("nan", "2", "0.5,-1", "", "x")],
+)
+def test_numbers_out_of_range(run: Run, folder: Path, arguments: tuple[str, ...], says: str) -> None:
+    assert_refused(run, folder, *arguments, says=says)
+    assert not (folder / "d").exists()
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [(lambda path: lowrank_onnx.compress(path.read_bytes(), rank=4), "got bytes"),
+     (lambda path: lowrank_onnx.compress(path, rank=4, jobs=0), "--jobs"),
+     (lambda path: lowrank_onnx.compress(path, rank=4, seed=-1), "--seed"),
+     (lambda path: lowrank_onnx.compress(path, rank=4, metric=len), "got builtin_function"),  # type: ignore[arg-type]
+     (lambda path: lowrank_onnx.sweep(path, path.parent / "d", budgets=()), "--budgets"),
+     (lambda path: lowrank_onnx.benchmark([]), "no model")],
+)  # fmt: skip
+def test_arguments_from_python_that_do_not_fit(folder: Path, call: Callable[[Path], object], says: str) -> None:
+    with pytest.raises(lowrank_onnx.LowRankError, match=says):
+        call(folder / "m.onnx")
 
 
 WRONG_USAGE = [
