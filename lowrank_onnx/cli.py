@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from lowrank_onnx.level_files import check_level_outputs, level_paths
 from lowrank_onnx.model import check_output, external_files, load
 from lowrank_onnx.multilevel import FORMS
 from lowrank_onnx.report import (
+    encodable,
     render_inspection,
     render_terminal,
     write_arrays,
@@ -474,7 +476,7 @@ def passes(as_json: bool) -> None:
     console = _console()
     for row in rows:
         options = ", ".join(f"{name}={value}" for name, value in row["options"].items()) or "none"
-        console.print(f"[bold]{row['name']}[/]  {row['summary']}", highlight=False)
+        console.print(f"[bold]{row['name']}[/]  {encodable(row['summary'], console)}", highlight=False)
         console.print(
             f"    kinds: {', '.join(row['kinds'])}; {'on' if row['default'] else 'off'} by default", highlight=False
         )
@@ -484,6 +486,7 @@ def passes(as_json: bool) -> None:
 
 def main() -> None:
     """Run the command line; the entry point of the package."""
+    _open_streams()
     try:
         with _signals():
             cli(standalone_mode=False)
@@ -508,14 +511,25 @@ def main() -> None:
         _fail("out of memory; use fewer calibration samples, or a machine with more memory", 1)
 
 
+def _open_streams() -> None:
+    """Have something to write to where a stream is closed, and let no letter fail that its encoding lacks."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # standard error spells such letters out by itself
+        sys.stdout.reconfigure(errors="replace")
+
+
 @contextmanager
 def _signals() -> Iterator[None]:
-    """Let Ctrl-C and a polite kill unwind the stack, so that temporary files go."""
+    """Let Ctrl-C, a polite kill and a closed terminal unwind the stack, so that temporary files go."""
 
     def interrupt(number: int, frame: object) -> NoReturn:
         raise Interrupted(number)
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    found = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heeded = [number for number in found if signal.getsignal(number) is not signal.SIG_IGN]  # nohup has one ignored
+    before = {number: signal.signal(number, interrupt) for number in heeded}
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ import lowrank_onnx.report as report_package
 from lowrank_onnx.cli import main
 from lowrank_onnx.passes import PASSES
 from tests.builders import answers, build, correlated, falling, furthest
+from tests.conftest import REPOSITORY
 
 CLI = [sys.executable, "-m", "lowrank_onnx.cli"]
 SCHEMA = json.loads((Path(report_package.__file__).parent / "schema.json").read_text())
@@ -517,7 +519,7 @@ def test_disk_full(tmp_path: Path, wide: bytes, external: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 @pytest.mark.parametrize("moment", [0.0, 0.15, 0.5])
 def test_stopped_at_any_time(tmp_path: Path, wide: bytes, number: signal.Signals, moment: float) -> None:
     (tmp_path / "m.onnx").write_bytes(wide)
@@ -542,6 +544,40 @@ def test_stopped_at_any_time(tmp_path: Path, wide: bytes, number: signal.Signals
     assert process.returncode == 128 + number, err
     assert err == "Error: interrupted; nothing unfinished was left behind\n"
     assert files(tmp_path) == before
+
+
+def test_stopped_while_it_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "lowrank_onnx").mkdir()
+    (tmp_path / "lowrank_onnx" / "__init__.py").touch()
+    stopping = (
+        "try:\n import os, signal\n os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt: pass\nmain = 1"
+    )
+    (tmp_path / "lowrank_onnx" / "cli.py").write_text(stopping)
+    shutil.copy(REPOSITORY / "lowrank_onnx_command.py", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "lowrank_onnx_command.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 130
+    assert done.stderr == "Error: interrupted; nothing was begun\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_streams_that_are_closed(folder: Path, closed: str) -> None:
+    command = f"{shlex.join(CLI)} compress m.onnx -o out.onnx --rank 4 --technique svd {closed}"
+    done = subprocess.run(["sh", "-c", command], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "out.onnx" in files(folder)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_letters_that_the_terminal_lacks(folder: Path, encoding: str) -> None:
+    for arguments in (["passes"], ["inspect", "m.onnx"]):
+        done = subprocess.run(
+            [*CLI, *arguments], cwd=folder, capture_output=True, timeout=120,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert b"?" not in done.stdout.splitlines()[0]
 
 
 def test_reader_that_goes_away(folder: Path) -> None:

@@ -5,10 +5,11 @@ from lowrank_onnx.report.frontier import write_frontier_html
 from lowrank_onnx.report.html import write_html
 from lowrank_onnx.report.inspection import render_inspection, write_inspection_html
 from lowrank_onnx.report.json_report import ReportDict, write_json
-from lowrank_onnx.report.terminal import render_terminal
+from lowrank_onnx.report.terminal import encodable, render_terminal
 
 __all__ = [
     "ReportDict",
+    "encodable",
     "render_inspection",
     "render_terminal",
     "write_arrays",

@@ -18,7 +18,9 @@ ROWS = 40
 COMPONENTS = 5
 """Most components of one layer."""
 
-_ASCII = str.maketrans({"→": "->", "×": "x", "–": "-", "−": "-", "≤": "<=", "…": "...", "·": "-", "\ufffd": "?"})
+_ASCII = str.maketrans(
+    {"→": "->", "×": "x", "–": "-", "−": "-", "≤": "<=", "≈": "~", "…": "...", "·": "-", "\ufffd": "?"}
+)
 _ASCII_RULE = box.Box("    \n    \n -- \n    \n    \n -- \n    \n    \n", ascii=True)
 _MIN_NAME = 14
 
