@@ -41,6 +41,7 @@ from lowrank_onnx.model import (
     data_file,
     external_files,
     external_location,
+    levels_beside,
     load,
     serialize,
     stored_tensors,
@@ -93,7 +94,7 @@ def save_levels(models: Sequence[ModelProto], out: Path, folder: Path | None, ov
     packed = [store.take_in(model) for model in reversed(models)][::-1]
     smaller = json.dumps([path.name for path in paths[:-1]])
     packed[-1].metadata_props.add(key=SMALLER_KEY, value=smaller)
-    left = set(_smaller_paths(out)) - set(paths)  # of a set with more levels, whose weights are replaced now
+    left = set(levels_beside(out)) - set(paths)  # of a set with more levels, whose weights are replaced now
     write_files(
         [
             (data, store.write),
@@ -133,14 +134,6 @@ def level_openers(model: Model, runtime: Runtime) -> list[Callable[[], Any]]:
 def _open_file(path: Path, runtime: Runtime) -> Any:
     model = load(path)
     return open_session(model.original, runtime, model.folder, what=f"level '{path}'")
-
-
-def _smaller_paths(out: Path) -> list[Path]:
-    """The files of the smaller levels of a set that stands at ``out`` now."""
-    try:
-        return [out.with_name(name) for name in load(out).smaller] if out.is_file() else []
-    except ModelError:  # whatever stands there is replaced
-        return []
 
 
 @dataclass(frozen=True, eq=False)

@@ -537,7 +537,7 @@ def save(proto: ModelProto, out: Path, folder: Path | None, overwrite: bool = Tr
     Args:
         proto: The model; tensors with external data still point into ``folder``.
         out: The file. A model with external data, or one too large for one file, gets ``out`` and
-            ``out.data`` beside it.
+            ``out.data`` beside it; with any other, the ``out.data`` of a model that is replaced goes.
         folder: Where the external data of ``proto`` lie now.
         overwrite: Whether ``out.data`` may exist; files that ``proto`` points into are never replaced.
 
@@ -554,7 +554,24 @@ def save(proto: ModelProto, out: Path, folder: Path | None, overwrite: bool = Tr
         copy.CopyFrom(proto)
         files.append((data, lambda stream: _write_external(copy, stream, folder, data.name)))
     files.append((out, lambda stream: stream.write(serialize(copy))))
-    write_files(files)
+    write_files(files, [] if external else _orphans(out))
+
+
+def _orphans(out: Path) -> list[Path]:
+    """What only the model that stands at ``out`` now needs: its external data, and smaller levels over the same."""
+    data = data_file(out)
+    if not data.is_file() or not out.is_file() or not any(data.samefile(entry) for entry in external_files(out)):
+        return []
+    return [data, *levels_beside(out)]
+
+
+def levels_beside(out: Path) -> list[Path]:
+    """The files of the smaller levels of a model on disk, if they still have the names they were written with."""
+    try:
+        names = load(out).smaller if out.is_file() else ()
+    except ModelError:
+        return []
+    return [out.with_name(name) for name in names if name.startswith(f"{out.stem}.level_")]  # never another's file
 
 
 def write_files(files: Sequence[tuple[Path, Callable[[BinaryIO], object]]], stale: Sequence[Path] = ()) -> None:

@@ -21,7 +21,7 @@ from lowrank_onnx.errors import LowRankError, ModelError
 from lowrank_onnx.level_files import level_openers, level_paths, save_levels
 from lowrank_onnx.levels import is_leading
 from lowrank_onnx.linalg import Array
-from lowrank_onnx.model import SMALLER_KEY, data_file, from_proto, load, write_files
+from lowrank_onnx.model import SMALLER_KEY, data_file, from_proto, load, save, write_files
 from lowrank_onnx.runtime import Runtime
 from tests.builders import answers, build, falling, furthest
 
@@ -220,6 +220,21 @@ def test_levels_of_a_larger_set_go(written: Path) -> None:
     """They would read the weights of the new set at the places of the old one."""
     save_levels([at_rank(rank) for rank in (8, 48)], written, None)
     assert sorted(contents(written.parent)) == ["m.level_0.onnx", "m.onnx", "m.onnx.data"]
+
+
+def test_all_files_of_levels_go_where_one_model_replaces_them(written: Path) -> None:
+    save(at_rank(8), written, None)
+    assert sorted(contents(written.parent)) == ["m.onnx"]
+
+
+def test_a_file_that_only_metadata_name_as_a_level_stays(written: Path) -> None:
+    (written.parent / "mine.txt").touch()
+    proto = onnx.load(written, load_external_data=False)
+    for entry in proto.metadata_props:
+        entry.value = json.dumps(["mine.txt"])
+    onnx.save(proto, written)
+    save_levels([at_rank(rank) for rank in (8, 48)], written, None)
+    assert (written.parent / "mine.txt").exists()
 
 
 # --- the whole way ------------------------------------------------------------------------------------

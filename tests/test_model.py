@@ -145,6 +145,24 @@ def test_external_data_are_aligned_and_sparse_in_names(tmp_path: Path) -> None:
     assert has_external_data(loaded.proto), "the model in memory still points at its own files"
 
 
+def test_external_data_of_a_model_that_is_replaced_go(tmp_path: Path) -> None:
+    proto = build(TEXT, {"w": W})
+    onnx.save(proto, tmp_path / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    loaded = load(tmp_path / "m.onnx")
+    save(loaded.proto, tmp_path / "out.onnx", loaded.folder)
+    assert (tmp_path / "out.onnx.data").exists()
+    save(build(TEXT, {"w": W}), tmp_path / "out.onnx", None)
+    assert {path.name for path in tmp_path.iterdir()} == {"m.onnx", "w.bin", "out.onnx"}
+
+
+def test_a_file_of_that_name_that_the_replaced_model_does_not_read_stays(tmp_path: Path) -> None:
+    proto = build(TEXT, {"w": W})
+    save(proto, tmp_path / "out.onnx", None)
+    (tmp_path / "out.onnx.data").write_bytes(b"mine")
+    save(proto, tmp_path / "out.onnx", None)
+    assert (tmp_path / "out.onnx.data").read_bytes() == b"mine"
+
+
 def test_saved_files_have_the_rights_of_ordinary_files(tmp_path: Path) -> None:
     mask = os.umask(0o027)
     try:
