@@ -15,7 +15,8 @@ from lowrank_onnx.grids import device_table, large_enough, on_grid
 from lowrank_onnx.latency import latency_saving, measure_latencies
 from lowrank_onnx.probe_cache import cached_probe
 from lowrank_onnx.probes import Curve, damage_of
-from lowrank_onnx.proposals import Proposal, filter_sites, propose, with_work
+from lowrank_onnx.problem import Problem
+from lowrank_onnx.proposals import UNSUITED, Proposal, filter_sites, propose, with_work
 from lowrank_onnx.refine import refine as refine_factors
 from lowrank_onnx.run import Run
 from lowrank_onnx.search import reach_speedup, stay_within
@@ -26,6 +27,7 @@ _FUSED = (
     "cells that measured slower spelled out than fused stay fused, and a fused cell saves work in front of its "
     "recurrence only; --keep-params and --keep-size can have more"
 )
+_QUANTIZED = ("DequantizeLinear", "MatMulInteger", "QLinearMatMul", "MatMulNBits", "ConvInteger", "QLinearConv")
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +117,7 @@ def offers(
         proposals, refusals = propose(sites, settings.techniques, statistics, wish, settings.workers)
     reasons |= refusals
     if not proposals:
-        raise TargetError(f"{option} cannot be met: no layer can be factorized ({_summary(reasons)})")
+        raise TargetError(f"{option} cannot be met: no layer can be factorized ({_summary(run.problem, reasons)})")
     if wish is None:
         proposals = on_grid(proposals, device)
         with run.clock.step("time"):
@@ -170,11 +172,18 @@ def _first_of_each(proposals: Sequence[Proposal]) -> list[Choice]:
     return list(best.values())
 
 
-def _summary(reasons: Mapping[str, str]) -> str:
-    """The reasons for keeping layers, the frequent ones first."""
+def _summary(problem: Problem, reasons: Mapping[str, str]) -> str:
+    """The reasons for keeping layers, the frequent ones first; those of blocks of layers where layers have none."""
+    singles = {site.name for site in problem.sites if not site.parts}
+    telling = {name: text for name, text in reasons.items() if not text.startswith(UNSUITED)}
+    shown = [text for name, text in telling.items() if name in singles] or list(telling.values())
     counts: dict[str, int] = {}
-    for text in reasons.values():
+    for text in shown or [text for name, text in reasons.items() if name in singles]:
         counts[text] = counts.get(text, 0) + 1
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     told = "; ".join(f"{count} × {text}" if count > 1 else text for text, count in ranked[:3])
-    return told or "the model has no weights of a kind the techniques know"
+    if told:
+        return told
+    if any(node.op_type in _QUANTIZED for scope in problem.model.scopes for node in scope.graph.node):
+        return "its weights are quantized; factorize the model it was made from, and quantize the result"
+    return "the model has no weights of a kind the techniques know"

@@ -11,6 +11,8 @@ from lowrank_onnx.base import Candidate, Pass, RankWish, Site
 from lowrank_onnx.errors import LowRankError
 from lowrank_onnx.workers import HERE, Workers
 
+UNSUITED = "no technique in use takes kind"  # begins the reason of a site that every technique leaves to others
+
 
 @dataclass(frozen=True, eq=False)
 class Proposal:
@@ -96,7 +98,7 @@ def propose(
         refusals = {entry.name: entry.refuse(site) for entry in suited}
         if not suited:
             names = ", ".join(entry.name for entry in passes)
-            reasons[site.name] = f"no technique in use takes kind {site.kind} (in use: {names})"
+            reasons[site.name] = f"{UNSUITED} {site.kind} (in use: {names})"
         elif all(refusals.values()):
             reasons[site.name] = "; ".join(dict.fromkeys(text for text in refusals.values() if text))
         tasks += [(site, entry) for entry in suited if not refusals[entry.name]]

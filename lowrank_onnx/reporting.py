@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 
 from lowrank_onnx.base import Candidate, Site
 from lowrank_onnx.budget import Selection
@@ -207,6 +207,7 @@ def inspect_report(
         "schema": SCHEMA,
         "version": __version__,
         "model": _model(problem.model),
+        "target": {},
         "environment": environment(problem.runtime),
         "before": _state(problem.cost, None, None),
         "data": _data(problem),
@@ -231,6 +232,10 @@ def environment(runtime: Runtime) -> dict[str, Any]:
 
 def peak_rss_bytes() -> int:
     """The most memory this process has held."""
+    try:
+        import resource
+    except ImportError:  # Windows tells it elsewhere
+        return int(psutil.Process().memory_info().peak_wset)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shlex
 import shutil
 import signal
@@ -135,7 +134,8 @@ def test_every_site_has_a_decision_and_every_kept_one_a_reason(run: Run, folder:
 def test_inspect(run: Run, folder: Path) -> None:
     status, out, err = run("inspect", "m.onnx", "--calibrate", "c.npz", "--json", "i.json", "--html", "i.html")
     assert (status, err) == (0, "") and "MatMul_0" in out
-    assert {row["name"] for row in json.loads((folder / "i.json").read_text())["sites"]} >= {"MatMul_0", "Gemm_3"}
+    report = json.loads((folder / "i.json").read_text())
+    assert report["target"] == {} and {row["name"] for row in report["sites"]} >= {"MatMul_0", "Gemm_3"}
 
 
 def test_validate_and_benchmark(run: Run, folder: Path) -> None:
@@ -372,6 +372,26 @@ def test_target_that_cannot_be_met(run: Run, folder: Path, target: tuple[str, ..
     assert_refused(run, folder, "plan", *command[1:], status=3, says="cannot be met")
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [(("--technique", "cp"), "(2 × no technique in use takes kind linear (in use: cp))"),
+     (("--exclude", "*"), "(2 × matched by --exclude)"),
+     (("--technique", "svd:multiple=1000"), "(2 × too small: no rank on the grid of svd is below break-even)"),
+     (("--technique", "feedforward"), "(feedforward needs calibration data at this site)")],
+)  # fmt: skip
+def test_why_nothing_can_be_factorized_is_told_once_a_layer(
+    run: Run, folder: Path, options: tuple[str, ...], reason: str
+) -> None:
+    command = ("compress", "m.onnx", "-o", "out.onnx", "--keep-params", "0.5", *options)
+    assert_refused(run, folder, *command, status=3, says=reason)
+
+
+def test_a_quantized_model_is_told_from_one_without_weights(run: Run, folder: Path) -> None:
+    text = "g (float[n,4] x) => (float[n,5] y) { w = DequantizeLinear(q, s) y = MatMul(x, w) }"
+    onnx.save(build(text, {"q": np.ones((4, 5), np.int8), "s": np.array(0.1, np.float32)}), folder / "m.onnx")
+    assert_refused(run, folder, "compress", "m.onnx", "-o", "o.onnx", "--rank", "2", status=3, says="are quantized")
+
+
 def test_model_without_a_layer_to_factorize(run: Run, folder: Path) -> None:
     onnx.save(build("g (float[n,4] x) => (float[n,4] y) { y = Relu(x) }"), folder / "m.onnx")
     for target in (("--rank", "4"), ("--keep-params", "0.5"), ("--keep-macs", "0.5")):
@@ -492,6 +512,7 @@ def wide() -> bytes:
 
 @pytest.mark.parametrize("external", [False, True], ids=["one file", "external data"])
 def test_disk_full(tmp_path: Path, wide: bytes, external: bool) -> None:
+    resource = pytest.importorskip("resource")
     proto = ModelProto()
     proto.ParseFromString(wide)
     if external:
