@@ -285,7 +285,8 @@ def load_function(reference: str, option: str, error: type[LowRankError]) -> Cal
     function = getattr(module, name, None)
     if not callable(function):
         offered = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise error(f"{where}: '{place}' has no function '{name}'; it has {', '.join(offered) or 'none'}")
+        shown = ", ".join(offered[:10]) + (f" and {len(offered) - 10} more" if len(offered) > 10 else "")
+        raise error(f"{where}: '{place}' has no function '{name}'; it has {shown or 'none'}")
     return function  # type: ignore[no-any-return]
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -265,7 +266,16 @@ def prepare(proto: ModelProto) -> tuple[ModelProto, ModelProto | None]:
 
     Returns:
         The prepared model, and a copy from before attention was unpacked, if it was.
+
+    Raises:
+        ModelError: Two constants of a graph have one name.
     """
+    for scope in index_scopes(proto):
+        counts = Counter(tensor.name for tensor in scope.graph.initializer)
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise ModelError(  # runtimes do not agree on which of them counts
+                f"the model stores a constant '{twice[0]}' {counts[twice[0]]} times; give each a name of its own"
+            )
     given: list[ModelProto] = []
 
     def remember() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,6 +14,7 @@ from lowrank_onnx.problem import Problem
 from lowrank_onnx.statistics import Progress, observe
 from lowrank_onnx.workers import HERE, Workers
 
+_FEW = 0.25  # rows for each input of a layer
 STEPS = ("observe", "propose", "allocate", "rewrite", "refine", "validate")  # a report tells of each
 
 
@@ -90,6 +91,7 @@ class Run:
             copies = len(problem.training) - len(problem.calibrate or ())
             data, mask = problem.training, self.settings.mask
             seen = observe(problem.model, problem.sites, data, problem.runtime, mask, self.progress, copies)
+            self.notes[:] = _scarce(seen)
             if not self.settings.felt:
                 return seen
             takers = [entry for entry in self.settings.techniques if "convolution" in entry.kinds]
@@ -101,7 +103,25 @@ class Run:
                 and any(entry.refuse(site) is None for entry in takers)
             ]
             if told := left_out(problem, fitted):
-                self.notes[:] = [told]
+                self.notes.append(told)
             for name, felt in felt_of(problem, fitted, mask, self.progress).items():
                 seen[name] = {key: dataclasses.replace(entry, felt=felt) for key, entry in seen[name].items()}
             return seen
+
+
+def _scarce(seen: Mapping[str, Mapping[str, Moments | Counts]]) -> list[str]:
+    """Tell of layers that saw so few rows that factors which are exact on all of them are wrong on others."""
+    rows = {
+        name: (entry.rows, len(entry.gram))
+        for name, entries in seen.items()
+        for entry in entries.values()
+        if isinstance(entry, Moments) and entry.rows < len(entry.gram) * _FEW
+    }
+    if not rows:
+        return []
+    name, (found, width) = min(rows.items(), key=lambda item: item[1][0] / item[1][1])
+    layers = "1 layer" if len(rows) == 1 else f"{len(rows)} layers"
+    return [
+        f"the calibration data are few for {layers}, such as {found} rows for the {width} inputs of '{name}': errors "
+        "on them say little of other data; give more samples"
+    ]

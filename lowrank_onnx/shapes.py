@@ -151,5 +151,6 @@ def synthetic_feeds(specs: Mapping[str, tuple[np.dtype[np.generic], tuple[int, .
         elif dtype.kind in "iu":
             feeds[name] = np.zeros(shape, dtype)
         else:
-            raise ModelError(f"input '{name}' holds {dtype}; give real inputs with --calibrate or --evaluate")
+            held = "text" if dtype.kind in "OSU" else dtype
+            raise ModelError(f"input '{name}' holds {held}; give real inputs with --calibrate or --evaluate")
     return feeds

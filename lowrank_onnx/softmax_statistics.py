@@ -38,6 +38,7 @@ class SpreadSums:
         self.mixed = np.zeros(self.weight.shape[1])
         self.apart = np.zeros((len(self.weight),) * 2)
 
+    @np.errstate(over="ignore", invalid="ignore")  # spread() looks whether all is finite
     def add(self, rows: Array, most: int) -> None:
         """Add at most ``most`` of the rows (n, K), evenly spread."""
         places = np.unique(np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(int))

@@ -257,6 +257,15 @@ def test_data_that_do_not_fit(run: Run, folder: Path, option: str, kind: str) ->
     assert_refused(run, folder, *COMPRESS, option, "bad.npz", says=says)
 
 
+def test_few_samples_are_told_of(run: Run, folder: Path) -> None:
+    command = ("compress", "m.onnx", "-o", "out.onnx", "--keep-macs", "0.7", "--json", "r.json", "--overwrite")
+    for samples, few in ((4, True), (40, False)):
+        np.savez(folder / "c.npz", x=correlated((samples, 32)))
+        status, out, err = run(*command, "--calibrate", "c.npz")
+        assert (status, err) == (0, "")
+        assert ("give more samples" in " ".join(out.split())) == few
+
+
 def test_data_that_are_not_there_or_no_npz(run: Run, folder: Path) -> None:
     assert_refused(run, folder, *COMPRESS, "--calibrate", "no.npz", says="no.npz")
     (folder / "bad.npz").write_bytes(b"nothing")

@@ -109,6 +109,13 @@ def test_a_model_that_only_the_checker_dislikes_is_loaded(tmp_path: Path) -> Non
     assert load(tmp_path / "m.onnx").proto.graph.node[0].name == "fc"
 
 
+def test_two_constants_of_one_name_are_refused() -> None:
+    proto = build(TEXT, {"w": W})
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(2 * W, "w"))
+    with pytest.raises(ModelError, match="'w'"):
+        from_proto(proto)
+
+
 def test_loading_changes_nothing_of_the_callers_model() -> None:
     proto = build(TEXT, {"w": W})
     before = serialize(proto)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from onnx import ModelProto
@@ -88,3 +90,11 @@ def test_which_layers_give_scores(form: str, told: bool) -> None:
     posed = problem(build(f"g (float[n,12] x{extra}) => {form}", {"w": falling(12, 30)}))
     (site,) = posed.sites
     assert is_scores(site, site.uses[0]) == told
+
+
+def test_scores_that_overflow_are_left_out_without_a_warning() -> None:
+    sums = SpreadSums(np.ones((12, 30), np.float32), 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sums.add(np.full((4, 12), 1e38, np.float32), 4)
+    assert sums.spread() is None
