@@ -20,7 +20,7 @@ from rich.table import Table
 from lowrank_onnx import pipeline
 from lowrank_onnx.errors import LowRankError, TargetError
 from lowrank_onnx.level_files import check_level_outputs, level_paths
-from lowrank_onnx.model import check_output, external_files, load
+from lowrank_onnx.model import check_output, data_file, external_files, load
 from lowrank_onnx.multilevel import FORMS
 from lowrank_onnx.report import (
     encodable,
@@ -31,6 +31,7 @@ from lowrank_onnx.report import (
     write_inspection_html,
     write_json,
 )
+from lowrank_onnx.report.units import plural, significant
 from lowrank_onnx.runtime import PROVIDERS
 from lowrank_onnx.statistics import Progress as Told
 from lowrank_onnx.target import KINDS, OBJECTIVES
@@ -376,7 +377,7 @@ def benchmark(models: tuple[Path, ...], json_file: Path | None, overwrite: bool,
     for row in content["models"]:
         latency = row["latency_ms"]
         speed = f"{row['speedup']:.2f} ({row['speedup_low']:.2f} to {row['speedup_high']:.2f})"
-        cells = (row["path"], f"{latency['median']:.3f}", f"{latency['iqr']:.3f}", str(latency["runs"]), speed)
+        cells = (row["path"], significant(latency["median"]), significant(latency["iqr"]), str(latency["runs"]), speed)
         table.add_row(*cells)
     _console().print(table)
     if json_file is not None:
@@ -548,7 +549,8 @@ def _finish(result: pipeline.Result, out: Path, report: Path | None, json_file: 
         result.save(out, overwrite=True)  # whether it may be replaced was asked before the work
     render_terminal(result.report, _console())
     _tell_levels(result.report)
-    for path in reversed(level_paths(out, len(result.levels) + 1)):
+    weights = [data_file(out)] if data_file(out).is_file() and external_files(out) else []
+    for path in [*reversed(level_paths(out, len(result.levels) + 1)), *weights]:
         click.echo(f"wrote {path}")
 
 
@@ -567,8 +569,8 @@ def _tell_levels(content: Mapping[str, Any]) -> None:
         speeds = [speed for speed in entry["against_static"] if speed is not None]
         speed = f"; {min(speeds):.2f} to {max(speeds):.2f} times as fast as levels alone" if speeds else ""
         chosen = "" if entry["chosen"] else " (not written)"
-        files = "1 file" if entry["files"] == 1 else f"{entry['files']} files"
-        click.echo(f"levels as {entry['form']}: {files}, {entry['size_bytes']} bytes{speed}{chosen}")
+        files = plural(entry["files"], "file")
+        click.echo(f"levels as {entry['form']}: {files}, {entry['size_bytes']:,} bytes{speed}{chosen}")
     table = Table(title="levels", title_justify="left")
     for heading in ("", "MACs", "speed-up (95 %)", "against its own file", "drop", "cosine", "agreement"):
         table.add_column(heading, justify="right")
@@ -623,7 +625,7 @@ def _check_reports(overwrite: bool, *files: tuple[str, Path | None], out: Path |
 def _where(environment: Mapping[str, Any]) -> str:
     return (
         f"onnxruntime {environment['onnxruntime']}, {environment['provider']}, {environment['device']}, "
-        f"{environment['threads']} threads"
+        f"{plural(environment['threads'], 'thread')}"
     )
 
 

@@ -164,7 +164,8 @@ def test_external_data_travel(run: Run, tmp_path: Path) -> None:
     proto = small()
     onnx.save(proto, tmp_path / "m.onnx", save_as_external_data=True, location="m.bin", size_threshold=0)
     command = ["compress", "m.onnx", "-o", "out.onnx", "--rank", "4", "--include", "MatMul_0"]
-    assert run(*command)[0] == 0
+    status, out, _ = run(*command)
+    assert status == 0 and "out.onnx.data" in out.splitlines()[-1]
     assert files(tmp_path) == {"m.onnx", "m.bin", "out.onnx", "out.onnx.data"}
     (tmp_path / "out.onnx").unlink()
     assert_refused(run, tmp_path, *command, says="out.onnx.data")
