@@ -32,6 +32,7 @@ from lowrank_onnx.report import (
     write_json,
 )
 from lowrank_onnx.report.units import plural, significant
+from lowrank_onnx.report.wording import similarity
 from lowrank_onnx.runtime import PROVIDERS
 from lowrank_onnx.statistics import Progress as Told
 from lowrank_onnx.target import KINDS, OBJECTIVES
@@ -195,7 +196,7 @@ def cli() -> None:
     """Make an exported ONNX model smaller and faster by low-rank factorization, with measured proof."""
 
 
-@cli.command(cls=Guarded)
+@cli.command(cls=Guarded, short_help="Tell what a model is made of, how compressible it is.")
 @_model
 @_calibrate
 @_technique
@@ -221,7 +222,7 @@ def inspect(model: Path, json_file: Path | None, html: Path | None, overwrite: b
         write_inspection_html(report, html)
 
 
-@cli.command(cls=Guarded)
+@cli.command(cls=Guarded, short_help="Write a smaller, faster model, and prove it.")
 @_model
 @_out
 @_target
@@ -276,7 +277,7 @@ def compress(
         _finish(result, target, report, json_file)
 
 
-@cli.command(cls=Guarded)
+@cli.command(cls=Guarded, short_help="Write down what compress would do, to read and edit.")
 @_model
 @_out
 @_target
@@ -311,7 +312,7 @@ def plan(model: Path, out: Path, report: Path | None, json_file: Path | None, ov
     click.echo(f"wrote {target}")
 
 
-@cli.command(cls=Guarded)
+@cli.command(cls=Guarded, short_help="Carry out a plan, maybe edited by hand.")
 @_model
 @click.argument("plan", type=click.Path(path_type=Path))
 @_out
@@ -335,7 +336,7 @@ def apply(
     _finish(result, target, report, json_file)
 
 
-@cli.command(cls=Guarded)
+@cli.command(cls=Guarded, short_help="Compare two models: accuracy and speed, side by side.")
 @click.argument("reference", type=click.Path(path_type=Path))
 @click.argument("candidate", type=click.Path(path_type=Path))
 @_evaluate
@@ -358,7 +359,7 @@ def validate(
     _tell_levels(content)
 
 
-@cli.command(cls=Guarded)
+@cli.command(cls=Guarded, short_help="Time models side by side.")
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL [MODEL ...]")
 @_evaluate
 @_runtime
@@ -384,7 +385,7 @@ def benchmark(models: tuple[Path, ...], json_file: Path | None, overwrite: bool,
         write_json(content, json_file)
 
 
-@cli.command(cls=Guarded)
+@cli.command(cls=Guarded, short_help="Write a model at several budgets, and what each costs.")
 @_model
 @click.option("-o", "--out", "folder", required=True, type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--budgets", metavar="F,F,...", help="Shares to keep.  [default: 0.9,0.8,...,0.2]")
@@ -420,7 +421,7 @@ def sweep(model: Path, folder: Path, budgets: str | None, **options: Any) -> Non
         )
         cells = [_number(row[key]) for key in ("macs_ratio", "parameters_ratio", "size_ratio")]
         drop = "" if row["metric_drop"] is None else f"{100 * row['metric_drop']:.2f} %"
-        table.add_row(row["label"], *cells, speed, drop, _number(row["cosine"], 4))
+        table.add_row(row["label"], *cells, speed, drop, _cosine(row["cosine"]))
     console = _console()
     console.print(table)
     for text in content["warnings"]:
@@ -439,7 +440,11 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-@cli.command("calibrate-device", cls=Guarded)
+def _cosine(value: float | None) -> str:
+    return "" if value is None else similarity(value)
+
+
+@cli.command("calibrate-device", cls=Guarded, short_help="Measure which layers gain on this device.")
 @click.option("--provider", type=click.Choice(list(PROVIDERS)), default="cuda", show_default=True)
 @click.option("--threads", type=click.IntRange(0), default=0, help="0: as many as there are cores.")
 @_cache
@@ -466,7 +471,7 @@ def calibrate_device(json_file: Path | None, overwrite: bool, **options: Any) ->
         write_json(content, json_file)
 
 
-@cli.command(cls=Guarded)
+@cli.command(cls=Guarded, short_help="List the techniques, their options and sources.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON on standard output.")
 def passes(as_json: bool) -> None:
     """List the techniques, the kinds of layers they take, their options and where they come from."""
@@ -582,7 +587,7 @@ def _tell_levels(content: Mapping[str, Any]) -> None:
         )
         drop = "" if row["metric_drop"] is None else f"{100 * row['metric_drop']:.2f} %"
         cells = (_number(row["macs_ratio"]), speed, _number(row["against_static"]), drop)
-        table.add_row(str(row["level"]), *cells, _number(row["cosine"], 4), _number(row["agreement"], 4))
+        table.add_row(str(row["level"]), *cells, _cosine(row["cosine"]), _number(row["agreement"], 4))
     _console().print(table)
 
 

@@ -460,11 +460,19 @@ def test_report_with_a_frontier_shows_it(tmp_path: Path) -> None:
     assert "Quality against speed" in page_of(reports.write_html, report, tmp_path).text
 
 
+def test_a_speed_that_did_not_change_is_called_neither_faster_nor_slower() -> None:
+    report = report_of([site("a")])
+    for low, high, said in ((0.998, 1.004, "1.01× the speed (1.00–1.00)"), (1.2, 1.3, "1.01× faster (1.20–1.30)")):
+        report["ratio"].update(speedup=1.01, speedup_low=low, speedup_high=high)
+        assert said in [line.outcome for line in wording.comparisons(report)]
+
+
 @pytest.mark.parametrize(
     ("ratio", "said"),
     [
         ((1.8, 1.72, 1.89), "1.80 times faster (1.72–1.89)"),
         ((1.02, 0.97, 1.06), "no measurable change in speed (0.97–1.06)"),
+        ((0.996, 0.991, 0.999), "no measurable change in speed (0.99–1.00)"),
         ((0.8, 0.78, 0.83), "slower, at 0.80 of the speed (0.78–0.83)"),
         ((1.5, None, None), "1.50 times faster"),
         ((None, None, None), None),

@@ -87,14 +87,20 @@ def share(report: Mapping[str, Any]) -> str:
 def speed(report: Mapping[str, Any]) -> str | None:
     """Return the speed-up with its interval; an interval around 1 is no change; None if not measured."""
     ratios = report["ratio"]
-    speedup, low, high = (finite(ratios.get(key)) for key in ("speedup", "speedup_low", "speedup_high"))
+    speedup = finite(ratios.get("speedup"))
     if speedup is None:
         return None
-    if low is not None and high is not None and low <= 1 <= high:
+    if _around_one(ratios):
         return f"no measurable change in speed{interval(ratios)}"
     if speedup >= 1:
         return f"{units.ratio(speedup)} times faster{interval(ratios)}"
     return f"slower, at {units.ratio(speedup)} of the speed{interval(ratios)}"
+
+
+def _around_one(ratios: Mapping[str, Any]) -> bool:
+    """Whether the interval of the speed-up, as it is shown, holds 1."""
+    low, high = finite(ratios.get("speedup_low")), finite(ratios.get("speedup_high"))
+    return low is not None and high is not None and round(low, 2) <= 1 <= round(high, 2)
 
 
 def interval(ratios: Mapping[str, Any]) -> str:
@@ -127,7 +133,8 @@ def comparisons(report: Mapping[str, Any]) -> list[Comparison]:
     speedup = finite(ratios.get("speedup"))
     outcome = DASH
     if speedup is not None:
-        outcome = f"{units.ratio(speedup)}× {'faster' if speedup >= 1 else 'the speed'}{interval(ratios)}"
+        change = "the speed" if speedup < 1 or _around_one(ratios) else "faster"
+        outcome = f"{units.ratio(speedup)}× {change}{interval(ratios)}"
     lines = [
         line("Parameters", "parameters", "parameters", lambda value: units.count(value, 4)),
         line("MACs", "macs", "macs", lambda value: units.count(value, 4)),
