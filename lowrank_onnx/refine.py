@@ -406,7 +406,7 @@ def _given_bias(members: Sequence[Site]) -> Array:
 def _weight_error(choice: Choice, factors: Factors) -> float | None:
     joined = np.concatenate([part.weight.astype(np.float64) for part in _targets(choice)], axis=1)
     product, _ = choice.proposal.technique.effective(choice.proposal.site, choice.candidate, factors)
-    if product.shape != joined.shape:
+    if product.shape != joined.shape or not joined.any():
         return choice.candidate.weight_error
     return float(np.linalg.norm(joined - product) / np.linalg.norm(joined))
 

@@ -39,7 +39,8 @@ class Stream:
         self._runtime, self._folder, self._proto = runtime, folder, proto
         self._initializers = {tensor.name: tensor for tensor in proto.graph.initializer}
         self._pending: list[NodeProto] = list(proto.graph.node)
-        self._outputs = [value.name for value in proto.graph.output]
+        # A constant that is given out as well is not computed, and nothing changes it.
+        self._outputs = [value.name for value in proto.graph.output if value.name not in self._initializers]
         single = all(len(indices) == 1 for indices in batches)
         shapes = {
             value.name: tuple(dim.dim_value or None for dim in value.type.tensor_type.shape.dim)

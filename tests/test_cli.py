@@ -382,6 +382,25 @@ def test_target_that_cannot_be_met(run: Run, folder: Path, target: tuple[str, ..
     assert_refused(run, folder, "plan", *command[1:], status=3, says="cannot be met")
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("odd", ["a constant is an output", "a layer of zeros"])
+def test_odd_models_that_can_be_compressed(run: Run, folder: Path, odd: str) -> None:
+    proto = small()
+    if odd == "a constant is an output":
+        proto.graph.output.append(onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, (32, 48)))
+    else:
+        proto.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.zeros((32, 48), np.float32), "w"))
+        del proto.graph.initializer[1], proto.graph.node[1]
+        proto.graph.node[1].input[0] = "t"
+    onnx.save(proto, folder / "m.onnx")
+    for target in (("--keep-macs", "0.97"), ("--keep-params", "0.97")):
+        status, _, err = run("compress", "m.onnx", "-o", "out.onnx", "--calibrate", "c.npz", "--overwrite", *target)
+        assert (status, err) == (0, "")
+    assert set(answers(onnx.load(folder / "out.onnx"), {"x": correlated((3, 32))})) >= {
+        value.name for value in proto.graph.output
+    }
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [(("--technique", "cp"), "(2 × no technique in use takes kind linear (in use: cp))"),
