@@ -132,7 +132,9 @@ def find_cascade(problem: Problem, levels: Levels, held: Dataset, agreement: flo
     """
     assert problem.calibrate is not None, "hold_out asks for samples"
     seen, reference = (_answers(problem.session, data) for data in (problem.calibrate, held))
-    names = score_outputs(reference)
+    names = tuple(name for name in score_outputs(reference) if len(reference[name]) == len(held))
+    if not names:
+        raise TargetError(f"--agreement {agreement:g} cannot be met: no output has one row of class scores a sample")
     found: list[Cascade] = []
     rivals: list[Rival] = []
     refused: list[str] = []

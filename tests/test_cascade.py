@@ -232,6 +232,18 @@ def test_without_class_scores_there_is_nothing_to_watch() -> None:
         lowrank_onnx.compress(proto, keep_macs=0.5, agreement=0.9, calibrate=data)
 
 
+@pytest.mark.parametrize("scores", ["y", "r"])
+def test_an_output_that_is_not_a_row_a_sample_is_no_score(scores: str) -> None:
+    """A stored table that is given out as well, and rows of a reshape."""
+    proto = classifier()
+    proto.graph.output.append(onnx.helper.make_tensor_value_info("v", onnx.TensorProto.FLOAT, (24, 5)))
+    if scores == "r":
+        proto.graph.node.append(onnx.helper.make_node("Concat", ["y", "y"], ["r"], axis=0))
+        proto.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("r", onnx.TensorProto.FLOAT, (None, 5)))
+    with pytest.raises(TargetError, match=r"no cascade pays|needs no cascade|use that target|one row of class scores"):
+        lowrank_onnx.compress(proto, keep_macs=0.6, agreement=0.9, calibrate=samples(400), threads=1)
+
+
 def test_too_few_samples_are_told() -> None:
     with pytest.raises(DataError, match="needs 248 calibration samples, found 40"):
         lowrank_onnx.compress(classifier(), keep_macs=0.5, agreement=0.99, calibrate=samples())
