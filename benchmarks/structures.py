@@ -27,7 +27,7 @@ from lowrank_onnx.base import Candidate, Site
 from lowrank_onnx.cache import open_cache
 from lowrank_onnx.latency import LatencyCurve, measure_latencies, race
 from lowrank_onnx.passes.blast import BlastPass
-from lowrank_onnx.passes.block import Block
+from lowrank_onnx.passes.block_linear import BlockLinear
 from lowrank_onnx.passes.hierarchical import Hierarchical
 from lowrank_onnx.passes.kronecker import Kronecker
 from lowrank_onnx.passes.monarch import Monarch
@@ -41,7 +41,8 @@ from lowrank_onnx.structures import SHARE, STRUCTURES, WIDEST, errors_at
 from lowrank_onnx.threads import few_threads
 
 TIMED: tuple[StructuredPass, ...] = (
-    *(Block(form=form, order=order) for form in ("rows", "columns", "grid", "diagonal") for order in ("no", "yes")),
+    *(BlockLinear(form=form, order=order)
+      for form in ("rows", "columns", "grid", "diagonal") for order in ("no", "yes")),
     Monarch(), Kronecker(), Hierarchical(), BlastPass(),
 )  # fmt: skip
 SLACK = 1.03  # of time, that plain low rank has to take beyond the form's

@@ -1,104 +1,108 @@
-"""Block low rank: a partition of the weight, every block with a rank of its own.
+"""Block low rank, of matrices and of convolutions: see the two files named after them.
 
-    rows 4      y = Σ_i (x_i A_i) B_i            inputs in 4 groups, one mix
-    columns 4   y_j = (x A_j) B_j                outputs in 4 groups
-    grid 4      y_j = Σ_i (x_i A_ij) B_ij        both
-    diagonal 4  y_j = x_j D_j + (x A) B_j        dense blocks, low rank for the rest
-
-Not in use unless asked for: plain low rank is the quicker one of equal work nearly everywhere.
+Not in use unless asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from lowrank_onnx.base import Site
-from lowrank_onnx.decompositions.block import FORMS, Grid, block_diagonal, block_grid, block_low_rank
-from lowrank_onnx.decompositions.block_sum import BlockSum, segments
-from lowrank_onnx.decompositions.seriation import seriate
+from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish, Replacement, Site
 from lowrank_onnx.linalg import Array
-from lowrank_onnx.passes.structured import StructuredPass, Target
+from lowrank_onnx.passes.block_convolution import BlockConvolution
+from lowrank_onnx.passes.block_linear import BlockLinear
+from lowrank_onnx.passes.convolution import Layer
 
 
 @dataclass(frozen=True)
-class Block(StructuredPass):
-    """Blocks with ranks by what they carry on the data, rows and columns clustered first where that helps.
+class Block(Pass):
+    """Blocks with directions of their own: of a matrix, or of the channels of a convolution, clustered if that helps.
 
     Options:
         ridge: Pull towards the original weight, in units of the mean input variance.
-        form: rows, columns, grid, diagonal, or auto: the one with the least error at half of the work.
-        blocks: Groups along each side that is cut.
+        form: Of matrices: rows, columns, grid, diagonal, or auto: the one with the least error at half of the work.
+        blocks: Of matrices: groups along each side that is cut.
         order: yes, no, or auto: try both.
+        multiple: Of convolutions: channels that a group gives are divisible by this; 0 chooses.
+        groups: Of convolutions: of input channels; 0 takes the best of 2, 4 and 8.
     """
 
     name = "block"
+    kinds = ("linear", "convolution")
     reference = "Amestoy et al. 2015, doi:10.1137/120903476; groups of inputs: ALDS 2021, arXiv:2107.11442"
+    default = False
+    ridge: float = 0.01
     form: str = "auto"
     blocks: int = 4
     order: str = "auto"
+    multiple: int = 0
+    groups: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.form not in ("auto", *FORMS):
-            raise ValueError(f"form must be auto, {', '.join(FORMS)}; got '{self.form}'")
-        if self.order not in ("auto", "yes", "no"):
-            raise ValueError(f"order must be auto, yes or no, got '{self.order}'")
-        if self.blocks < 2:
-            raise ValueError("blocks must be at least 2")
+        # Each checks its own options.
+        self._linear()
+        self._convolution()
 
-    def forms(self, site: Site) -> Sequence[Any]:
-        """See StructuredPass.forms."""
-        shape = site.weight.shape
-        if min(shape) < 2 * self.blocks:
-            return []
-        wanted = FORMS if self.form == "auto" else (self.form,)
-        orders = {"auto": ("kept", "ordered"), "yes": ("ordered",), "no": ("kept",)}[self.order]
-        every = [(form, self.blocks, order) for form in wanted for order in orders]
-        return [form for form in every if self.cost(shape, form, 1) < shape[0] * shape[1]]
+    def _linear(self) -> BlockLinear:
+        return BlockLinear(self.ridge, self.form, self.blocks, self.order)
 
-    def prepare(self, target: Target, form: Any) -> tuple[Grid | None, Array | None, Array | None]:
-        """See StructuredPass.prepare."""
-        name, blocks, order = form
-        rows, columns = orders(target, blocks) if order == "ordered" else (None, None)
-        if name == "diagonal":
-            return None, rows, columns
-        return block_grid(target.matrix, target.gram, name, blocks, rows, columns), rows, columns
+    def _convolution(self) -> BlockConvolution:
+        return BlockConvolution(self.multiple, self.ridge, groups=self.groups, order=self.order)
 
-    def fit(self, target: Target, form: Any, state: Any, rank: int) -> BlockSum:
-        """See StructuredPass.fit."""
-        grid, rows, columns = state
-        if grid is None:
-            return block_diagonal(target.matrix, target.gram, form[1], rank, rows, columns)
-        return block_low_rank(grid, target.matrix, target.gram, rank)
+    def _of(self, site: Site) -> Pass:
+        return self._convolution() if site.kind == "convolution" else self._linear()
 
-    def full(self, shape: tuple[int, ...], form: Any) -> int:
-        """See StructuredPass.full."""
-        across, along = _cut(shape, form)
-        if form[0] == "diagonal":
-            return min(shape)
-        return min(max(across), max(along))
+    def refuse(self, site: Site) -> str | None:
+        """See Pass.refuse."""
+        return self._of(site).refuse(site)
 
-    def cost(self, shape: tuple[int, ...], form: Any, rank: int) -> int:
-        """See StructuredPass.cost."""
-        across, along = _cut(shape, form)
-        if form[0] == "diagonal":
-            return sum(k * n for k, n in zip(across, along, strict=True)) + rank * sum(shape)
-        return rank * len(across) * len(along) * (max(across) + max(along))
+    def analyse(self, site: Site, moments: Mapping[str, Any] | None) -> Any:
+        """See Pass.analyse."""
+        return self._of(site).analyse(site, moments)
 
+    def ranks(self, site: Site, analysis: Any) -> Sequence[tuple[int, ...]]:
+        """See Pass.ranks."""
+        return self._of(site).ranks(site, analysis)
 
-def orders(target: Target, blocks: int) -> tuple[Array, Array]:
-    """Orders of inputs and outputs by what each input brings to each output on the data."""
-    brought = target.matrix * np.sqrt(np.diag(target.gram))[:, None]
-    return seriate(brought, max(int(np.log2(blocks)) - 1, 0))
+    def candidate(self, site: Site, analysis: Any, ranks: tuple[int, ...]) -> Candidate:
+        """See Pass.candidate."""
+        return self._of(site).candidate(site, analysis, ranks)
 
+    def factorize(self, site: Site, analysis: Any, candidate: Candidate) -> Factors:
+        """See Pass.factorize."""
+        return self._of(site).factorize(site, analysis, candidate)
 
-def _cut(shape: tuple[int, ...], form: Any) -> tuple[list[int], list[int]]:
-    """Widths of the groups of inputs and of outputs."""
-    name, blocks, _ = form
-    across = segments(shape[0], 1 if name == "columns" else blocks)
-    along = segments(shape[1], 1 if name == "rows" else blocks)
-    return [part.stop - part.start for part in across], [part.stop - part.start for part in along]
+    def emit(self, site: Site, candidate: Candidate, factors: Factors) -> Sequence[Replacement]:
+        """See Pass.emit."""
+        return self._of(site).emit(site, candidate, factors)
+
+    def spell_rank(self, site: Site, analysis: Any, wish: RankWish) -> tuple[int, ...] | str:
+        """See Pass.spell_rank."""
+        return self._of(site).spell_rank(site, analysis, wish)
+
+    def check_ranks(self, site: Site, ranks: tuple[int, ...]) -> str | None:
+        """See Pass.check_ranks."""
+        return self._of(site).check_ranks(site, ranks)
+
+    def targets(self, site: Site) -> tuple[Site, ...]:
+        """See Pass.targets."""
+        return self._of(site).targets(site)
+
+    def refit(self, site: Site, candidate: Candidate, factors: Factors, moments: Moments, ridge: float) -> Factors:
+        """See Pass.refit."""
+        return self._of(site).refit(site, candidate, factors, moments, ridge)
+
+    def felt(self, analysis: Any) -> Array | None:
+        """See Pass.felt."""
+        return analysis.felt if isinstance(analysis, Layer) else None
+
+    def effective(self, site: Site, candidate: Candidate, factors: Factors) -> tuple[Array, Array | None]:
+        """See Pass.effective."""
+        return self._of(site).effective(site, candidate, factors)
+
+    def dense_equivalent(self, site: Site, candidate: Candidate, factors: Factors) -> Mapping[str, Dense]:
+        """See Pass.dense_equivalent."""
+        return self._of(site).dense_equivalent(site, candidate, factors)

@@ -14,7 +14,7 @@ from typing import Any
 from lowrank_onnx.base import Site
 from lowrank_onnx.decompositions.block_sum import BlockSum
 from lowrank_onnx.decompositions.hierarchical import hodlr, hodlr_parameters
-from lowrank_onnx.passes.block import orders
+from lowrank_onnx.passes.block_linear import orders
 from lowrank_onnx.passes.structured import StructuredPass, Target
 
 

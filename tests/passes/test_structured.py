@@ -9,14 +9,14 @@ from onnx import ModelProto
 from lowrank_onnx import compress
 from lowrank_onnx.errors import LowRankError, TargetError
 from lowrank_onnx.passes.blast import BlastPass
-from lowrank_onnx.passes.block import Block
+from lowrank_onnx.passes.block_linear import BlockLinear
 from lowrank_onnx.passes.hierarchical import Hierarchical
 from lowrank_onnx.passes.kronecker import Kronecker
 from lowrank_onnx.passes.monarch import Monarch
 from lowrank_onnx.passes.structured import StructuredPass
 from tests.builders import build, falling, problem
 
-ALL = (Block, Monarch, Kronecker, Hierarchical, BlastPass)
+ALL = (BlockLinear, Monarch, Kronecker, Hierarchical, BlastPass)
 every = pytest.mark.parametrize("technique", ALL, ids=lambda kind: str(kind.name))
 
 
@@ -86,7 +86,7 @@ def test_added_tensors_that_gemm_scales(technique: type[StructuredPass]) -> None
     assert "scales a tensor it adds" in reason(technique, proto)
 
 
-@pytest.mark.parametrize("technique", [Block, Monarch], ids=lambda kind: str(kind.name))
+@pytest.mark.parametrize("technique", [BlockLinear, Monarch], ids=lambda kind: str(kind.name))
 def test_layers_too_small_for_any_form(technique: type[StructuredPass]) -> None:
     assert "of a 5 x 5 weight is smaller than the weight" in reason(technique, product(5, 5))
 
