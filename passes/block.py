@@ -26,7 +26,7 @@ class Block(Pass):
         blocks: Of matrices: groups along each side that is cut.
         order: yes, no, or auto: try both.
         multiple: Of convolutions: channels that a group gives are divisible by this; 0 chooses.
-        groups: Of convolutions: of input channels; 0 takes the best of 2, 4 and 8.
+        groups: Of convolutions: of input channels, 2, 4 or 8; 0 chooses.
     """
 
     name = "block"
