@@ -14,7 +14,7 @@ import numpy as np
 import scipy.linalg
 import scipy.optimize
 
-from lowrank_onnx.decompositions.output_metric import checked_rank, gentle_solve
+from lowrank_onnx.decompositions.output_metric import checked_rank, gentle_root, gentle_solve
 from lowrank_onnx.linalg import Array, finite_svd, psd_root, right_basis
 
 _ROUNDS = 10  # of moving channels between groups; mostly three suffice
@@ -26,7 +26,7 @@ class GroupedTarget:
 
     Attributes:
         wanted: (O, F).
-        metric: (F, F) positive definite.
+        metric: (F, F) positive semi-definite.
         roots: Per group (F / G, F / G), lower Cholesky factor of its part of the metric.
     """
 
@@ -38,7 +38,7 @@ class GroupedTarget:
     def of(cls, wanted: Array, metric: Array, groups: int) -> GroupedTarget:
         """Factor the parts of the metric once, for all ranks."""
         parts = runs(wanted.shape[1], groups)
-        return cls(wanted, metric, tuple(scipy.linalg.cholesky(metric[part, part], lower=True) for part in parts))
+        return cls(wanted, metric, tuple(gentle_root(metric[part, part]) for part in parts))
 
     @property
     def parts(self) -> tuple[slice, ...]:

@@ -59,16 +59,20 @@ def gentle_solve(gram: Array, right: Array) -> Array:
 
 def gentle_inverse(gram: Array) -> Callable[[Array], Array]:
     """``gentle_solve`` for many right sides: the gram is factored once."""
+    root = gentle_root(gram)
+    return lambda right: np.asarray(scipy.linalg.cho_solve((root, True), right, check_finite=False))
+
+
+def gentle_root(gram: Array) -> Array:
+    """The lower Cholesky factor that ``gentle_solve`` uses."""
     shift = 1e-13 * (float(gram.diagonal().max()) or 1.0)
     while True:
         shifted = gram.copy()
         shifted[np.diag_indices_from(shifted)] += shift
         try:
-            factor = scipy.linalg.cho_factor(shifted, lower=True, overwrite_a=True, check_finite=False)
+            return np.asarray(scipy.linalg.cholesky(shifted, lower=True, overwrite_a=True, check_finite=False))
         except np.linalg.LinAlgError:
             shift *= 100
-            continue
-        return lambda right: np.asarray(scipy.linalg.cho_solve(factor, right, check_finite=False))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
