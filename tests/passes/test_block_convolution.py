@@ -267,6 +267,7 @@ def test_a_refit_aims_at_another_output_and_keeps_the_order(order: str) -> None:
 
     def lost(entry: Any) -> float:
         matrix, whole = technique.effective(site, candidate, entry)
+        assert whole is not None
         return difference(delivered @ matrix + whole - bias, wanted)
 
     assert lost(made) < 0.97 * lost(factors)
