@@ -122,6 +122,6 @@ def _scarce(seen: Mapping[str, Mapping[str, Moments | Counts]]) -> list[str]:
     name, (found, width) = min(rows.items(), key=lambda item: item[1][0] / item[1][1])
     layers = "1 layer" if len(rows) == 1 else f"{len(rows)} layers"
     return [
-        f"the calibration data are few for {layers}, such as {found} rows for the {width} inputs of '{name}': errors "
-        "on them say little of other data; give more samples"
+        f"the calibration data are few for {layers}: {'' if len(rows) == 1 else 'at worst '}{found} rows for the "
+        f"{width} inputs of '{name}'; errors on them say little of other data, give more samples"
     ]
