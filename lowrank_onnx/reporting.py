@@ -212,6 +212,15 @@ def inspect_report(
         "before": _state(problem.cost, None, None),
         "data": _data(problem),
         "sites": rows,
+        "blocks": [
+            {
+                "name": site.name,
+                "kind": site.kind,
+                "techniques": [entry.technique.name for entry in offered[site.name]],
+            }
+            for site in problem.sites
+            if site.parts and site.name in offered
+        ],
     }
 
 

@@ -135,6 +135,7 @@ def test_inspect(run: Run, folder: Path) -> None:
     status, out, err = run("inspect", "m.onnx", "--calibrate", "c.npz", "--json", "i.json", "--html", "i.html")
     assert (status, err) == (0, "") and "MatMul_0" in out
     report = json.loads((folder / "i.json").read_text())
+    assert "svd (2), feedforward (1)" in out and [row["techniques"] for row in report["blocks"]] == [["feedforward"]]
     assert report["target"] == {} and {row["name"] for row in report["sites"]} >= {"MatMul_0", "Gemm_3"}
 
 

@@ -74,7 +74,8 @@ def render_inspection(report: Mapping[str, Any], console: Console) -> None:
     if taken := takers(report):
         counts = ", ".join(f"{technique} ({len(names)})" for technique, names in taken)
         console.print()
-        say(console, f"Techniques, and how many layers each takes: {counts}.")
+        what = "layers or blocks" if report.get("blocks") else "layers"
+        say(console, f"Techniques, and how many {what} each takes: {counts}.")
     refused = [site for site in sites if not site.get("techniques")]
     reasons(console, wording.by_reason(refused), "Layers that no technique takes, and why")
 
@@ -87,7 +88,8 @@ def write_inspection_html(report: Mapping[str, Any], path: Path) -> None:
             where known, ``environment`` and ``data``. A site has ``name``, ``kind``, ``op``, ``shape``,
             ``parameters``, ``macs``, ``reason`` (why no technique takes it), ``techniques``,
             ``break_even_rank``, ``rank_90``, ``rank_99``, ``effective_rank``, and maybe ``spectrum`` and
-            ``damage`` as in ``schema.json``.
+            ``damage`` as in ``schema.json``. ``blocks``, if any, are layers that techniques take together: ``name``,
+            ``kind`` and ``techniques``.
         path: The page; replaced where it exists.
 
     Raises:
@@ -138,9 +140,9 @@ def spectra_note(report: Mapping[str, Any]) -> str:
 
 
 def takers(report: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """Return each technique with the names of the layers it takes, the most frequent first."""
+    """Return each technique with the names of the layers and blocks it takes, the most frequent first."""
     groups: dict[str, list[str]] = {}
-    for site in report["sites"]:
+    for site in (*report["sites"], *(report.get("blocks") or ())):
         for technique in site.get("techniques") or ():
             groups.setdefault(plain(technique), []).append(plain(site["name"]))
     return sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
