@@ -46,30 +46,25 @@ def stored(blocks: Array, transposed: bool) -> Array:
 def multiply_out(chain: Sequence[Array]) -> Array:
     """The kernel (groups, outputs, inputs, *kernel) that a chain of blocks amounts to, from the input on.
 
-    A link of more groups than the first is depthwise: one number of inputs and outputs per group. One of fewer
-    groups reads what several groups give, side by side.
+    A link of more groups than the one ahead shares its channels out, depthwise one to each; a link of fewer reads
+    what several groups give, side by side.
     """
     return reduce(_compose, chain)
 
 
 def _compose(first: Array, second: Array) -> Array:
-    if len(second) < len(first):
-        return _merge(first, second)
-    left = np.moveaxis(second, (0, 1, 2), (-3, -2, -1))  # (*kernel, groups, outputs, r)
-    right = np.moveaxis(first, (0, 1, 2), (-3, -2, -1))  # (*kernel, groups, r, inputs)
-    depthwise = len(second) != len(first)
-    product = left.reshape(*left.shape[:-3], len(first), -1, 1) * right if depthwise else left @ right
-    return np.moveaxis(product, (-3, -2, -1), (0, 1, 2))
-
-
-def _merge(first: Array, second: Array) -> Array:
-    """Each group of the second, cut by the groups of the first it reads; their products lie side by side."""
-    parts = second.reshape(*second.shape[:2], len(first) // len(second), first.shape[1], *second.shape[3:])
-    parts = np.moveaxis(parts, 2, 1)  # (groups, parts, outputs, r, *kernel)
-    product = _compose(first, parts.reshape(len(first), *parts.shape[2:]))  # (groups · parts, outputs, inputs, *kernel)
-    apart = product.reshape(*parts.shape[:2], *product.shape[1:])
-    beside = np.moveaxis(apart, 1, 2)  # (groups, outputs, parts, inputs, *kernel)
-    return beside.reshape(*beside.shape[:2], -1, *beside.shape[4:])
+    groups = max(len(first), len(second))
+    # (few, outputs, several · r, *kernel) -> (few · several, outputs, r, *kernel)
+    reads = second.reshape(len(second), second.shape[1], groups // len(second), -1, *second.shape[3:])
+    reads = np.moveaxis(reads, 2, 1).reshape(groups, second.shape[1], -1, *second.shape[3:])
+    gives = first.reshape(groups, -1, *first.shape[2:])
+    left = np.moveaxis(reads, (0, 1, 2), (-3, -2, -1))  # (*kernel, groups, outputs, r)
+    right = np.moveaxis(gives, (0, 1, 2), (-3, -2, -1))  # (*kernel, groups, r, inputs)
+    product = np.moveaxis(left @ right, (-3, -2, -1), (0, 1, 2))  # (groups, outputs, inputs, *kernel)
+    if len(second) >= len(first):  # groups that read the same inputs lie one behind the other
+        return product.reshape(len(first), -1, *product.shape[2:])
+    beside = np.moveaxis(product.reshape(len(second), -1, *product.shape[1:]), 1, 2)
+    return beside.reshape(len(second), product.shape[1], -1, *product.shape[3:])
 
 
 def balanced_chain(chain: Sequence[Array]) -> list[Array]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish, Replacement, Site
 from lowrank_onnx.linalg import Array
-from lowrank_onnx.passes.block_convolution import BlockConvolution
+from lowrank_onnx.passes.block_convolution import SIDES, BlockConvolution
 from lowrank_onnx.passes.block_linear import BlockLinear
 from lowrank_onnx.passes.convolution import Layer
 
@@ -22,11 +22,11 @@ class Block(Pass):
 
     Options:
         ridge: Pull towards the original weight, in units of the mean input variance.
-        form: Of matrices: rows, columns, grid, diagonal, or auto: the one with the least error at half of the work.
+        form: rows, columns, of matrices also grid and diagonal, or auto: the one that errs least at half of the work.
         blocks: Of matrices: groups along each side that is cut.
         order: yes, no, or auto: try both.
-        multiple: Of convolutions: channels that a group gives are divisible by this; 0 chooses.
-        groups: Of convolutions: of input channels, 2, 4 or 8; 0 chooses.
+        multiple: Of convolutions: channels of a group between are divisible by this; 0 chooses.
+        groups: Of convolutions: 2, 4 or 8; 0 chooses.
     """
 
     name = "block"
@@ -44,19 +44,22 @@ class Block(Pass):
         super().__post_init__()
         # Each checks its own options.
         self._linear()
-        self._convolution()
+        if self.form in SIDES:
+            self._convolution()
 
     def _linear(self) -> BlockLinear:
         return BlockLinear(self.ridge, self.form, self.blocks, self.order)
 
     def _convolution(self) -> BlockConvolution:
-        return BlockConvolution(self.multiple, self.ridge, groups=self.groups, order=self.order)
+        return BlockConvolution(self.multiple, self.ridge, form=self.form, groups=self.groups, order=self.order)
 
     def _of(self, site: Site) -> Pass:
         return self._convolution() if site.kind == "convolution" else self._linear()
 
     def refuse(self, site: Site) -> str | None:
         """See Pass.refuse."""
+        if site.kind == "convolution" and self.form not in SIDES:
+            return f"form '{self.form}' is for matrices only"
         return self._of(site).refuse(site)
 
     def analyse(self, site: Site, moments: Mapping[str, Any] | None) -> Any:

@@ -1,9 +1,10 @@
-"""Convolution over groups of channels, then 1 x 1: every group has output directions of its own.
+"""One of two convolutions over groups of channels, the other 1 x 1: every group has directions of its own.
 
-    W[o, i, k]   becomes   Σ_r second[o, (g, r)] · first[(g, r), i, k],   g the group of channel i
+    rows      W[o, i, k]   becomes   Σ_r second[o, (g, r)] · first[(g, r), i, k],   g the group of input i
+    columns   W[o, i, k]   becomes   Σ_r second[o, r, k] · first[(g, r), i],        g the group of output o
 
-Channels are clustered first where that helps; a Gather then brings those of a group together. Not in use unless
-asked for.
+Inputs are clustered first where that helps; a Gather then brings those of a group together. Outputs stay as they
+come, since a Gather behind them would part the convolution from what is fused with it. Not in use unless asked for.
 """
 
 from __future__ import annotations
@@ -25,18 +26,24 @@ from lowrank_onnx.decompositions.grouped_convolution import (
     full_rank,
     grouped_convolution,
     grouped_weight,
+    runs,
 )
-from lowrank_onnx.decompositions.output_metric import layer_output
+from lowrank_onnx.decompositions.output_metric import Felt, layer_output
 from lowrank_onnx.linalg import Array
+from lowrank_onnx.passes.channel import Channel
 from lowrank_onnx.passes.convolution import ConvolutionPass, Form, Layer, Target, channel_step
 
+_OUTPUTS, _INPUTS = 0, 1  # axes of a weight
+SIDES = {"rows": (_INPUTS,), "columns": (_OUTPUTS,), "auto": (_OUTPUTS, _INPUTS)}
 _GROUPS = (2, 4, 8)
 _WORTH = 0.9  # what an order must bring the error down to: to move the map takes 4 to 8 % of the layer's time
 
 
 @dataclass(frozen=True, eq=False)
 class GroupedLayer(Layer):
-    """The analysis of one site with its channels in order; ``form`` is (groups, 1 where channels are clustered).
+    """The analysis of one site with its inputs in order.
+
+    Its ``form`` is (axis of the weight that is in groups, groups, 1 where inputs are clustered).
 
     Attributes:
         order: (C,) which channel is at each place.
@@ -52,23 +59,26 @@ class BlockConvolution(ConvolutionPass):
     """A grouped convolution and a 1 x 1, fitted to the output on patches.
 
     Options:
-        multiple: Channels that a group gives are divisible by this; 0 chooses 16, less for layers narrower than 32.
+        multiple: Channels of a group between are divisible by this; 0 chooses 16, less for layers narrower than 32.
         ridge: Pull towards the original weight, in units of the mean variance of the patch.
-        sweeps: Most rounds of fitting group by group.
-        groups: Of input channels: 2, 4, 8, or 0: of those wide enough the one with the least error at half of the work.
-        order: yes, no, or auto: cluster the channels where that lowers the error.
+        sweeps: Most rounds of fitting.
+        form: rows: inputs in groups; columns: outputs in groups; auto: the one that errs least at half of the work.
+        groups: 2, 4, 8, or 0: of those with wide enough groups the best, as for the form.
+        order: yes, no, or auto: cluster the inputs where that lowers the error.
     """
 
     name = "block"
     reference = "ALDS: Liebenwein et al. 2021, arXiv:2107.11442; fitted to outputs on patches"
     default = False
-    no_form = "a 1 x 1 kernel or one output channel"
-    sweeps: int = 3
+    no_form = "a 1 x 1 kernel"
+    form: str = "auto"
     groups: int = 0
     order: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.form not in SIDES:
+            raise ValueError(f"form must be auto, rows or columns, got '{self.form}'")
         if self.groups not in (0, *_GROUPS):
             raise ValueError(f"groups must be 0, 2, 4 or 8, got {self.groups}")
         if self.order not in ("auto", "yes", "no"):
@@ -76,29 +86,47 @@ class BlockConvolution(ConvolutionPass):
 
     def forms(self, shape: Sequence[int]) -> Sequence[Form]:
         """See ConvolutionPass.forms."""
-        if shape[0] == 1 or math.prod(shape[2:]) == 1:
+        if math.prod(shape[2:]) == 1:
             return []
         orders = {"auto": (0, 1), "yes": (1,), "no": (0,)}[self.order]
-        fit = [groups for groups in _GROUPS if shape[1] % groups == 0 and shape[1] >= 2 * groups]
+        return [
+            (axis, groups, order)
+            for axis in SIDES[self.form]
+            for groups in self._fitting(shape, axis)
+            for order in (orders if axis == _INPUTS else (0,))
+        ]
+
+    def _fitting(self, shape: Sequence[int], axis: int) -> list[int]:
+        """Into how many groups one side can be cut."""
+        if min(shape[:2]) == 1:
+            return []
+        fit = [groups for groups in _GROUPS if shape[axis] % groups == 0 and shape[axis] >= 2 * groups]
         if self.groups:
-            fit = [groups for groups in fit if groups == self.groups]
-        else:  # Narrower groups leave the fast kernels: 64 channels in 8 groups take 1.5 times as long as in 4.
-            block = channel_step(shape[0], shape[1])
-            fit = [groups for groups in fit if groups == 2 or shape[1] // groups >= block]
-        return [(groups, order) for groups in fit for order in orders]
+            return [groups for groups in fit if groups == self.groups]
+        # Narrower groups leave the fast kernels: 64 channels in 8 groups take 1.5 times as long as in 4.
+        block = channel_step(shape[0], shape[1])
+        return [groups for groups in fit if groups == 2 or shape[axis] // groups >= block]
 
     def structure(self, shape: Sequence[int], form: Form, ranks: tuple[int, ...]) -> tuple[Link, ...]:
         """See ConvolutionPass.structure."""
-        (rank,), groups = ranks, form[0]
+        (rank,), (axis, groups, _) = ranks, form
         outputs, inputs, *kernel = shape
+        whole, one = tuple(range(len(kernel))), [1] * len(kernel)
+        if axis == _INPUTS:
+            return (
+                Link("first", whole, (groups, rank, inputs // groups, *kernel)),
+                Link("second", (), (1, outputs, groups * rank, *one)),
+            )
         return (
-            Link("first", tuple(range(len(kernel))), (groups, rank, inputs // groups, *kernel)),
-            Link("second", (), (1, outputs, groups * rank, *[1] * len(kernel))),
+            Link("first", (), (1, groups * rank, inputs, *one)),
+            Link("second", whole, (groups, outputs // groups, rank, *kernel)),
         )
 
     def fit(self, target: Target, form: Form, ranks: tuple[int, ...]) -> tuple[Array, ...]:
-        """See ConvolutionPass.fit."""
-        (rank,), groups = ranks, form[0]
+        """See ConvolutionPass.fit. Of outputs in groups that of one group."""
+        (rank,), (axis, groups, _) = ranks, form
+        if axis == _OUTPUTS:
+            return self._channel().fit(target, (), ranks)
         outputs, inputs, *kernel = target.weight.shape
         if target.gram is None:
             made = grouped_weight(target.weight.reshape(outputs, -1), groups, rank)
@@ -114,9 +142,25 @@ class BlockConvolution(ConvolutionPass):
             made.second.reshape(outputs, groups * rank, *one),
         )
 
+    def _fit(self, target: Target, form: Form, ranks: tuple[int, ...]) -> tuple[Array, ...]:
+        """Fit outputs in groups group by group: no group can make up for what another one loses."""
+        axis, groups, _ = form
+        if axis == _INPUTS:
+            return super()._fit(target, form, ranks)
+        parts = runs(len(target.weight), groups)
+        chains = [super(BlockConvolution, self)._fit(_part(target, part, ranks[0]), form, ranks) for part in parts]
+        first, second = zip(*chains, strict=True)
+        return np.concatenate(first), np.concatenate(second)
+
+    def _channel(self) -> Channel:
+        return Channel(self.multiple, self.ridge, self.sweeps)
+
     def full(self, shape: Sequence[int], form: Form) -> tuple[int, ...]:
         """See ConvolutionPass.full."""
-        return (full_rank(shape[0], math.prod(shape[1:]), form[0]),)
+        axis, groups, _ = form
+        if axis == _OUTPUTS:
+            return self._channel().full((shape[0] // groups, *shape[1:]), ())
+        return (full_rank(shape[0], math.prod(shape[1:]), groups),)
 
     def grid(self, shape: Sequence[int], form: Form, step: int) -> Sequence[tuple[int, ...]]:
         """See ConvolutionPass.grid."""
@@ -126,24 +170,21 @@ class BlockConvolution(ConvolutionPass):
 
     def refuse(self, site: Site) -> str | None:
         """See Pass.refuse."""
-        shape, group = self._shape(site), int(site.attributes["group"])
-        least = self.groups or 2
-        if group == 1 and (shape[1] < 2 * least or shape[1] % least):
-            return f"its {shape[1]} input channels do not fall into {least} equal groups of two or more"
         reason = super().refuse(site)
-        if reason is not None:
-            return reason
-        if group > 1:
+        group, shape = int(site.attributes["group"]), self._shape(site)
+        if group == 1 and math.prod(shape[2:]) > 1 and not self.forms(shape):
+            sides = {_INPUTS: f"{shape[1]} inputs", _OUTPUTS: f"{shape[0]} outputs"}
+            told = " or ".join(sides[axis] for axis in SIDES[self.form])
+            return f"{told} of a {shape[1]} to {shape[0]} convolution do not fall into {self.groups or 2} equal groups"
+        if reason is None and group > 1:
             return f"its channels are in {group} groups already"
-        if site.attributes["transposed"] and max(site.attributes["strides"]) > 1:
-            return "a transposed convolution with strides: the 1 x 1 would run on the larger map"
-        return None
+        return reason
 
     def analyse(self, site: Site, moments: Mapping[str, Moments] | None) -> GroupedLayer:
         """See Pass.analyse."""
 
         def key(layer: GroupedLayer) -> tuple[bool, float]:
-            rank = self._rank_at_half(layer.shape, layer.form[0])  # off the grid, so that all cost the same
+            rank = self._rank_at_half(site, layer.form)  # off the grid, so that all cost the same
             error = self.candidate(site, layer, (rank,)).error
             return not self.ranks(site, layer), error / _WORTH if _moves(layer.order) else error
 
@@ -208,24 +249,35 @@ class BlockConvolution(ConvolutionPass):
 
     def _grouped(self, site: Site, moments: Mapping[str, Moments] | None, form: Form) -> GroupedLayer:
         """The analysis for one form."""
-        groups, ordered = form
+        _, groups, ordered = form
         layer = self._layer(site, moments, self.ridge)
         order = np.arange(layer.shape[1])
         if ordered:
             (target,) = layer.targets
             felt = target.weight if target.felt is None else target.felt.turn(target.weight)
-            order = clustered(felt, target.gram, groups, self._rank_at_half(layer.shape, groups))
+            order = clustered(felt, target.gram, groups, self._rank_at_half(site, form))
             if _moves(order):
                 turned, seen = _reordered(site, (moments or {}).values(), order)
                 named = None if moments is None else dict(zip(moments, seen, strict=True))
                 layer = self._layer(turned, named, self.ridge)
         return GroupedLayer(layer.targets, layer.means, layer.energy, form, layer.felt, order=order, moments=moments)
 
-    def _rank_at_half(self, shape: Sequence[int], groups: int) -> int:
-        """Directions per group at half of the work, where forms are compared."""
-        patch = math.prod(shape[1:])
-        rank = round(0.5 * shape[0] * patch / (patch + shape[0] * groups))
-        return min(max(rank, 1), full_rank(shape[0], patch, groups))
+    def _rank_at_half(self, site: Site, form: Form) -> int:
+        """The rank at half of the work, where forms are compared."""
+        (full,) = self.full(self._shape(site), form)
+        return min(max(round(0.5 / self._cost(site, form, (1,))), 1), full)
+
+
+def _part(target: Target, part: slice, rank: int) -> Target:
+    """What one group of outputs is fitted to; ``target`` with the start of this group alone."""
+    start, felt = target.start, target.felt
+    if start is not None:
+        place = part.start // (part.stop - part.start)
+        start = (start[0][place * rank : (place + 1) * rank], start[1][part])
+    if felt is not None:
+        felt = Felt.of((felt.root.T @ felt.root)[part, part], share=0.0)
+    cross = None if target.cross is None else target.cross[part]
+    return dataclasses.replace(target, weight=target.weight[part], cross=cross, start=start, felt=felt, memo={})
 
 
 def _aim(target: Target, groups: int) -> GroupedTarget:

@@ -28,7 +28,7 @@ from lowrank_onnx.rewrite import rewrite
 from tests.builders import Array, answers, build, correlated, difference, furthest, moments, problem
 from tests.passes.convolutions import Convolution, model_of
 
-PLAIN = Convolution(6, 8, (3, 3), (1, 1), (1, 1), (0,) * 4, "NOTSET", 1, True, False, (0, 0), (7, 6), 17, True)
+PLAIN = Convolution(12, 8, (3, 3), (1, 1), (1, 1), (0,) * 4, "NOTSET", 1, True, False, (0, 0), (7, 6), 17, True)
 GRID = {
     "plain": PLAIN,
     "strides": dataclasses.replace(PLAIN, strides=(2, 1), spatial=(8, 7)),
@@ -88,11 +88,11 @@ def analysed(technique: BlockConvolution | Block | Channel, posed: Problem) -> t
 @each_layer
 @each_order
 @pytest.mark.parametrize("data", [True, False], ids=["data", "weight"])
-@pytest.mark.parametrize("groups", [2, 4])
-def test_full_rank_is_the_original(entry: Convolution, order: str, data: bool, groups: int) -> None:
+@pytest.mark.parametrize(("form", "groups"), [("rows", 2), ("rows", 4), ("columns", 2), ("columns", 4)])
+def test_full_rank_is_the_original(entry: Convolution, order: str, data: bool, form: str, groups: int) -> None:
     proto, x = model_of(entry)
     posed = problem(proto, {"x": x} if data else None)
-    technique = BlockConvolution(groups=groups, order=order)
+    technique = BlockConvolution(form=form, groups=groups, order=order)
     site, analysis = analysed(technique, posed)
     ranks = technique.spell_rank(site, analysis, RankWish(fraction=1.0))
     assert not isinstance(ranks, str)
@@ -103,14 +103,14 @@ def test_full_rank_is_the_original(entry: Convolution, order: str, data: bool, g
     operators = [node.op_type for node in made.graph.node]
     assert operators == ["Gather"] * ("order" in factors) + [site.op, site.op]
     assert candidate.nodes == len(operators) - 1
-    assert ("order" in factors) <= (order == "yes")
+    assert ("order" in factors) <= (order == "yes" and form == "rows")
 
 
 @each_layer
 def test_what_is_told_of_clustered_channels_is_what_the_graph_does(entry: Convolution) -> None:
     proto, x = model_of(entry)
     posed = problem(proto, {"x": x})
-    technique = BlockConvolution(groups=2, order="yes", multiple=1)
+    technique = BlockConvolution(form="rows", groups=2, order="yes", multiple=1)
     site, analysis = analysed(technique, posed)
     candidate = technique.candidate(site, analysis, (2,))
     factors = technique.factorize(site, analysis, candidate)
@@ -135,6 +135,7 @@ def test_planted_groups_are_found_and_err_far_less_than_few_channels_at_equal_co
     posed = image_layer(weight, correlated((8, 32, 10, 10), axis=1))
     technique = BlockConvolution(groups=4, multiple=1)
     site, analysis = analysed(technique, posed)
+    assert analysis.form == (1, 4, 1)
     for group in np.split(analysis.order, 4):
         assert len(set(labels[group])) == 1
     block = technique.candidate(site, analysis, (2,))
@@ -147,11 +148,66 @@ def test_planted_groups_are_found_and_err_far_less_than_few_channels_at_equal_co
     assert block.output_error < 0.01 < 0.2 < rival.output_error
 
 
+def test_outputs_that_read_channels_of_their_own_err_far_less_than_few_channels_at_equal_cost() -> None:
+    rng = np.random.default_rng(0)
+    parts = [np.tensordot(rng.standard_normal((8, 2, 3, 3)), rng.standard_normal((2, 32)), (1, 0)) for _ in range(4)]
+    weight = np.concatenate([np.moveaxis(part, 3, 1) for part in parts]).astype(np.float32)
+    posed = image_layer(weight, correlated((8, 32, 10, 10), axis=1))
+    technique = BlockConvolution(groups=4, multiple=1)
+    site, analysis = analysed(technique, posed)
+    assert analysis.form == (0, 4, 0)
+    block = technique.candidate(site, analysis, (2,))
+    plain, basis = Channel(multiple=1), analysed(Channel(multiple=1), posed)[1]
+    rivals = [plain.candidate(site, basis, rank) for rank in plain.ranks(site, basis)]
+    rival = rivals[int(np.searchsorted([rival.parameters for rival in rivals], block.parameters))]
+    assert block.parameters <= rival.parameters < 1.5 * block.parameters
+    assert block.output_error is not None and rival.output_error is not None
+    assert block.output_error < 0.01 < 0.2 < rival.output_error
+
+
+@pytest.mark.parametrize("form", ["rows", "columns"])
+def test_what_is_felt_counts(form: str) -> None:
+    rng = np.random.default_rng(0)
+    posed = image_layer(rng.standard_normal((16, 16, 3, 3)).astype(np.float32), correlated((8, 16, 8, 8), axis=1))
+    (site,) = posed.sites
+    mixing = rng.standard_normal((16, 16)) * np.arange(1, 17) ** -1.0
+    ((name, seen),) = moments(posed)[site.name].items()
+    technique = BlockConvolution(form=form, groups=2, multiple=1)
+    errors = []
+    for felt in (mixing @ mixing.T, None):
+        analysis = technique.analyse(site, {name: dataclasses.replace(seen, felt=felt)})
+        made = technique.dense_equivalent(
+            site, candidate := technique.candidate(site, analysis, (3,)), technique.factorize(site, analysis, candidate)
+        )
+        apart = (made[site.name].weight - site.weight).reshape(16, -1).astype(np.float64)
+        centred = seen.gram - np.outer(seen.mean, seen.mean)
+        errors.append((float(np.sum((apart @ centred) * (mixing @ (mixing.T @ apart)))), candidate.output_error or 0.0))
+    (weighed, told), (plain, least) = errors
+    assert weighed < 0.9 * plain
+    assert told > least
+
+
+def test_forms_are_compared_at_half_of_the_work() -> None:
+    for extra in ("", "strides=[2,2], "):
+        proto = build(
+            f"g (float[n,32,12,12] x) => (float[n,48,p,q] y) {{ y = Conv<{extra}pads=[1,1,1,1]>(x, w) }}",
+            {"w": np.random.default_rng(0).standard_normal((48, 32, 3, 3)).astype(np.float32)},
+        )
+        posed = problem(proto, {"x": correlated((2, 32, 12, 12), axis=1)})
+        (site,) = posed.sites
+        assert site.macs is not None
+        for form in BlockConvolution().forms(site.weight.shape):
+            technique = BlockConvolution(form="rows" if form[0] else "columns", groups=form[1], multiple=1)
+            analysis = technique.analyse(site, None)
+            macs = technique.candidate(site, analysis, (technique._rank_at_half(site, form),)).macs
+            assert macs is not None and macs / site.macs == pytest.approx(0.5, abs=0.03)
+
+
 def test_as_channels_come_groups_that_are_shuffled_are_not_found() -> None:
     posed = image_layer(planted()[0], correlated((8, 32, 10, 10), axis=1))
     errors = []
     for order in ("yes", "no", "auto"):
-        technique = BlockConvolution(groups=4, multiple=1, order=order)
+        technique = BlockConvolution(form="rows", groups=4, multiple=1, order=order)
         site, analysis = analysed(technique, posed)
         errors.append(technique.candidate(site, analysis, (2,)).error)
     assert errors[0] < 0.01 < 0.2 < errors[1]
@@ -225,6 +281,18 @@ def test_factors_of_a_weight_alone_are_those_of_every_group() -> None:
         grouped_weight(wanted, 4, full_rank(12, 40, 4) + 1)
 
 
+def test_more_groups_behind_fewer_share_their_channels_out() -> None:
+    rng = np.random.default_rng(0)
+    first, second = rng.standard_normal((2, 12, 5, 1, 2)), rng.standard_normal((6, 7, 4, 3, 1))
+    made = multiply_out([first, second])
+    assert made.shape == (2, 21, 5, 3, 2)
+    for group in range(2):
+        for part in range(3):
+            inner, outer = first[group, 4 * part : 4 * part + 4], second[3 * group + part]
+            expected = np.einsum("ork,ril->oikl", outer[..., 0], inner[:, :, 0])
+            assert np.allclose(made[group, 7 * part : 7 * part + 7], expected)
+
+
 def test_fewer_groups_behind_more_read_them_side_by_side() -> None:
     rng = np.random.default_rng(0)
     first, second = rng.standard_normal((6, 4, 5, 3, 1)), rng.standard_normal((2, 7, 12, 1, 2))
@@ -237,12 +305,12 @@ def test_fewer_groups_behind_more_read_them_side_by_side() -> None:
             assert np.allclose(made[group, :, 5 * part : 5 * part + 5, :, :1], expected)
 
 
-@each_order
-def test_a_refit_aims_at_another_output_and_keeps_the_order(order: str) -> None:
+@pytest.mark.parametrize(("form", "order"), [("rows", "no"), ("rows", "yes"), ("columns", "no")])
+def test_a_refit_aims_at_another_output_and_keeps_the_order(form: str, order: str) -> None:
     weight = np.random.default_rng(0).standard_normal((16, 16, 3, 3)).astype(np.float32)
     x = correlated((12, 16, 8, 8), axis=1)
     posed = image_layer(weight, x)
-    technique = BlockConvolution(order=order, groups=2, multiple=1)
+    technique = BlockConvolution(form=form, order=order, groups=2, multiple=1)
     site, analysis = analysed(technique, posed)
     candidate = technique.candidate(site, analysis, (6,))
     factors = technique.factorize(site, analysis, candidate)
@@ -277,10 +345,10 @@ def test_a_plan_of_another_form_is_carried_out() -> None:
     posed = image_layer(planted()[0], correlated((8, 32, 10, 10), axis=1))
     technique = BlockConvolution(multiple=1)
     site, analysis = analysed(technique, posed)
-    other = (4, 1) if analysis.form != (4, 1) else (2, 0)
-    by_name = BlockConvolution(groups=other[0], order="yes" if other[1] else "no", multiple=1)
+    other = {"rows": "columns", "columns": "rows"}["rows" if analysis.form[0] else "columns"]
+    by_name = BlockConvolution(form=other, groups=2, multiple=1)
     candidate = by_name.candidate(site, analysed(by_name, posed)[1], (2,))
-    assert tuple(candidate.options["form"]) == other
+    assert tuple(candidate.options["form"]) != analysis.form
     factors = technique.factorize(site, analysis, candidate)
     expected = by_name.factorize(site, analysed(by_name, posed)[1], candidate)
     assert all(np.array_equal(factors[name], entry) for name, entry in expected.items())
@@ -290,7 +358,7 @@ def test_a_plan_of_another_form_is_carried_out() -> None:
 def test_fewer_positions_than_numbers_in_a_patch_and_no_ridge_do_no_harm(order: str) -> None:
     x = correlated((1, 16, 3, 3), axis=1)
     posed = image_layer(np.random.default_rng(0).standard_normal((16, 16, 3, 3)).astype(np.float32), x)
-    technique = BlockConvolution(ridge=0.0, order=order, multiple=1)
+    technique = BlockConvolution(ridge=0.0, form="rows", order=order, multiple=1)
     site, analysis = analysed(technique, posed)
     assert technique.candidate(site, analysis, (9,)).error < 1e-4, "nine positions have nine directions"
     factors = technique.factorize(site, analysis, technique.candidate(site, analysis, (2,)))
@@ -302,7 +370,7 @@ def test_half_precision_factors_are_finite() -> None:
     weight = (rng.standard_normal((8, 8, 3, 3)) * 1e4).clip(-6e4, 6e4).astype(np.float16)
     proto = build("g (float16[n,8,h,w] x) => (float16[n,8,p,q] y) { y = Conv(x, w) }", {"w": weight})
     posed = problem(proto, {"x": (rng.standard_normal((4, 8, 6, 6)) * 1e-4).astype(np.float16)})
-    technique = BlockConvolution(order="yes")
+    technique = BlockConvolution(form="rows", order="yes")
     site, analysis = analysed(technique, posed)
     candidate = technique.candidate(site, analysis, technique.ranks(site, analysis)[-1])
     for name, factor in technique.factorize(site, analysis, candidate).items():
@@ -318,7 +386,11 @@ def test_a_model_is_compressed_and_refitted() -> None:
     )
     x = correlated((12, 32, 10, 10), axis=1)
     result = compress(
-        proto, keep_macs=0.6, technique=["block:groups=4,order=yes,multiple=2"], calibrate={"x": x}, cache=False
+        proto,
+        keep_macs=0.6,
+        technique=["block:form=rows,groups=4,order=yes,multiple=2"],
+        calibrate={"x": x},
+        cache=False,
     )
     made = answers(result.model, {"x": x})
     assert [node.op_type for node in result.model.graph.node].count("Gather") == 2
@@ -342,19 +414,23 @@ def test_refusals_tell_why() -> None:
     assert "depthwise" in refusal(eight + "{ y = Conv<group=8>(x, w) }", noise(8, 1, 3, 3))
     assert "all zeros" in refusal(conv, np.zeros((8, 8, 3, 3), np.float32))
     assert "a 1 x 1 kernel" in refusal(conv, noise(8, 8, 1, 1))
-    assert "one output channel" in refusal("g (float[n,8,h,w] x) => (float[n,1,p,q] y) { y = Conv(x, w) }",
-                                           noise(1, 8, 3, 3))  # fmt: skip
-    for channels in (1, 3, 9):
-        text = f"g (float[n,{channels},h,w] x) => (float[n,8,p,q] y) {{ y = Conv(x, w) }}"
-        assert f"its {channels} input channel" in refusal(text, noise(8, channels, 3, 3))
-    assert "into 8 equal groups" in refusal(conv, noise(8, 8, 3, 3), groups=8)
-    spread = eight + "{ y = ConvTranspose<strides=[1,2]>(x, w) }"
-    assert "would run on the larger map" in refusal(spread, noise(8, 8, 3, 3))
+    for outputs, channels, options, message in (
+        (1, 8, {}, "1 outputs or 8 inputs of a 8 to 1 convolution do not fall into 2 equal groups"),
+        (8, 1, {}, "8 outputs or 1 inputs of a 1 to 8 convolution do not fall into 2 equal groups"),
+        (9, 3, {}, "9 outputs or 3 inputs of a 3 to 9 convolution do not fall into 2 equal groups"),
+        (9, 8, {"form": "columns"}, "9 outputs of a 8 to 9 convolution do not fall into 2 equal groups"),
+        (8, 9, {"form": "rows", "groups": 4}, "9 inputs of a 9 to 8 convolution do not fall into 4 equal groups"),
+        (8, 8, {"groups": 8}, "8 outputs or 8 inputs of a 8 to 8 convolution do not fall into 8 equal groups"),
+        (8, 8, {"form": "grid"}, "form 'grid' is for matrices only"),
+    ):
+        text = f"g (float[n,{channels},h,w] x) => (float[n,{outputs},p,q] y) {{ y = Conv(x, w) }}"
+        assert refusal(text, noise(outputs, channels, 3, 3), **options) == message
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"form": "whole"}, "form must be auto"),
         ({"groups": 3}, "groups must be 0, 2, 4 or 8, got 3"),
         ({"order": "maybe"}, "order must be auto, yes or no, got 'maybe'"),
         ({"multiple": -1}, "must not be negative"),
@@ -368,6 +444,10 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], message: str)
 
 
 def test_groups_that_leave_the_fast_kernels_are_taken_by_name_only() -> None:
-    assert {form[0] for form in BlockConvolution().forms((64, 64, 3, 3))} == {2, 4}
-    assert {form[0] for form in BlockConvolution().forms((16, 128, 3, 3))} == {2, 4, 8}
-    assert {form[0] for form in BlockConvolution(groups=8).forms((64, 64, 3, 3))} == {8}
+    def groups(technique: BlockConvolution, *shape: int) -> dict[int, set[int]]:
+        forms = technique.forms(shape)
+        return {axis: {form[1] for form in forms if form[0] == axis} for axis in (0, 1)}
+
+    assert groups(BlockConvolution(), 64, 64, 3, 3) == {0: {2, 4}, 1: {2, 4}}
+    assert groups(BlockConvolution(), 16, 128, 3, 3) == {0: {2}, 1: {2, 4, 8}}
+    assert groups(BlockConvolution(groups=8), 64, 64, 3, 3) == {0: {8}, 1: {8}}
