@@ -341,6 +341,30 @@ def test_a_refit_aims_at_another_output_and_keeps_the_order(form: str, order: st
     assert lost(made) < 0.97 * lost(factors)
 
 
+@pytest.mark.parametrize("form", ["rows", "columns"])
+def test_a_refit_starts_at_the_factors_so_far(form: str) -> None:
+    weight = np.random.default_rng(0).standard_normal((16, 16, 3, 3)).astype(np.float32)
+    posed = image_layer(weight, correlated((12, 16, 8, 8), axis=1))
+    technique = BlockConvolution(form=form, groups=2, multiple=1)
+    site, analysis = analysed(technique, posed)
+    candidate = technique.candidate(site, analysis, (6,))
+    factors = technique.factorize(site, analysis, candidate)
+    (seen,) = moments(posed)[site.name].values()
+    made = BlockConvolution(form=form, groups=2, multiple=1, sweeps=0).refit(site, candidate, factors, seen, 0.001)
+    before, after = (technique.effective(site, candidate, entry)[0] for entry in (factors, made))
+    assert difference(after, before) < 1e-4
+
+
+def test_inputs_that_gain_little_by_an_order_stay_as_they_come() -> None:
+    weight = np.random.default_rng(0).standard_normal((16, 16, 3, 3)).astype(np.float32)
+    posed = image_layer(weight, correlated((12, 16, 8, 8), axis=1))
+    made = {order: BlockConvolution(form="rows", groups=2, order=order) for order in ("auto", "yes", "no")}
+    found = {order: analysed(technique, posed) for order, technique in made.items()}
+    errors = {order: made[order].candidate(*found[order], (8,)).error for order in made}
+    assert 0.9 * errors["no"] < errors["yes"] < errors["no"] == errors["auto"]
+    assert found["auto"][1].form == (1, 2, 0)
+
+
 def test_a_plan_of_another_form_is_carried_out() -> None:
     posed = image_layer(planted()[0], correlated((8, 32, 10, 10), axis=1))
     technique = BlockConvolution(multiple=1)
