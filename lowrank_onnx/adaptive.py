@@ -49,8 +49,8 @@ class Governor:
     Args:
         levels: How many there are; the highest is the most exact and the slowest.
         latency_ms: The wish.
-        percentile: Of latencies, which has to be within it, in (0, 100].
-        window: Requests that are looked at.
+        percentile: Share of the requests, in percent, that have to be within it, in (0, 100].
+        window: Requests that are looked at; of 20, a percentile of 95 lets one be as slow as it likes.
         patience: Requests before the first step up.
         headroom: Share of the wish that the higher level may be expected to take, in (0, 1).
     """
@@ -65,7 +65,7 @@ class Governor:
         headroom: float = 0.8,
     ) -> None:
         if not latency_ms > 0:
-            raise LowRankError(f"latency_ms must be above 0, got {latency_ms:g}")
+            raise LowRankError(f"latency_ms must be above 0, got {latency_ms:g}; it is what one request may take")
         if not 0 < percentile <= 100 or window < 2 or patience < 1 or not 0 < headroom < 1:
             raise LowRankError(
                 "percentile must be in (0, 100], window at least 2, patience at least 1 and headroom in (0, 1), got "
@@ -88,7 +88,8 @@ class Governor:
         # A few far too slow requests tell enough: waiting for a full window would make all of it late.
         late = sum(value > self.latency_ms for value in self._recent)
         tolerated = (1 - self.percentile / 100) * (self._recent.maxlen or 0)
-        watched = float(np.percentile(list(self._recent), self.percentile))
+        # A latency that was seen, not one between two: else a single request, slow enough, moves any percentile.
+        watched = float(np.percentile(list(self._recent), self.percentile, method="inverted_cdf"))
         if late > tolerated + 1 or (full and watched > self.latency_ms):
             return self._move(-1, watched)
         if not full:
@@ -144,6 +145,7 @@ class AdaptiveSession:
 
     Raises:
         ModelError: The file cannot be opened, or has no levels.
+        LowRankError: The wish or a setting of the ``Governor`` is out of range.
     """
 
     def __init__(
@@ -160,13 +162,13 @@ class AdaptiveSession:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         openers = level_openers(load(path), Runtime(provider, threads))
-        self.sessions: tuple[Any, ...] = tuple(open_level() for open_level in openers)
-        if not self.sessions:
+        if not openers:
             raise ModelError(f"'{path}' has one level; make a file with several with compress --levels")
-        self.levels = levels = len(self.sessions)
-        self._governor = Governor(levels, latency_ms, percentile, window, patience, headroom)
+        self.levels = len(openers)
+        self._governor = Governor(self.levels, latency_ms, percentile, window, patience, headroom)
+        self.sessions: tuple[Any, ...] = tuple(open_level() for open_level in openers)
         self._clock, self._lock = clock, threading.Lock()
-        self._served = [0] * levels
+        self._served = [0] * self.levels
         self._decisions: deque[Decision] = deque(maxlen=_KEPT_DECISIONS)
 
     @property

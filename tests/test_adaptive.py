@@ -63,10 +63,18 @@ def test_a_level_that_just_misses_is_tried_ever_more_rarely() -> None:
     assert (np.diff(gaps) >= 0).all()
 
 
-def test_one_slow_request_is_no_reason() -> None:
-    governor = Governor(3, 5.0, percentile=90.0)
+@pytest.mark.parametrize("percentile", [90.0, 95.0])
+def test_one_slow_request_is_no_reason(percentile: float) -> None:
+    """However slow it is, and not even where it is one of every window of the default 20."""
+    governor = Governor(3, 5.0, percentile=percentile)
     for place in range(400):
-        assert governor.observe(100.0 if place % 40 == 20 else 2.0) is None
+        assert governor.observe(1e4 if place % 20 == 15 else 2.0) is None
+
+
+def test_more_slow_requests_than_the_percentile_lets_pass_are_one() -> None:
+    governor = Governor(3, 5.0)
+    seen = [governor.observe(6.0 if place in (4, 19) else 2.0) for place in range(20)]
+    assert seen[:19] == [None] * 19 and seen[19] == 6.0 and governor.level == 1
 
 
 def test_at_the_lowest_level_it_stays_and_goes_on() -> None:
@@ -114,6 +122,14 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("levels") / "m.onnx"
     onnx.save(build_levels(models), file)
     return file
+
+
+def test_a_wish_that_is_none_is_told_before_the_levels_are_opened(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    monkeypatch.setattr("lowrank_onnx.adaptive.level_openers", lambda *_: [lambda: opened.append(1)] * 3)
+    with pytest.raises(LowRankError, match="must be above 0, got 0"):
+        AdaptiveSession(path, latency_ms=0.0)
+    assert not opened
 
 
 FEEDS = {"x": np.ones((16, 1024), np.float32)}
