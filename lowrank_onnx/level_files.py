@@ -11,6 +11,8 @@ rows too, but takes as long to load and as much memory then, and makes the highe
 
 What a smaller level shares with none, a layer that is dense above or has another form there, is stored in a byte a
 number and folded as well (see ``coding``). The highest level has every weight as it is.
+
+In the smaller levels only inputs, outputs and nodes keep their names: half of what such a file takes is the others.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ from lowrank_onnx.model import (
     write_files,
 )
 from lowrank_onnx.runtime import Runtime, open_session
+from lowrank_onnx.short_names import shorten_names
 
 _FIRST_SLICE = 10  # operator set in which Slice takes its ends as inputs, as ``take_prefix`` writes it
 _ALIGNED = 64  # bytes, so that a runtime may map a weight
@@ -184,6 +187,8 @@ class _Store:
         nodes = [*made, *copy.graph.node]
         del copy.graph.node[:]
         copy.graph.node.extend(nodes)
+        if not highest:
+            shorten_names(copy)
         return copy
 
     def _take_tensor(self, graph: GraphProto, tensor: TensorProto, may_make: bool, highest: bool) -> list[NodeProto]:

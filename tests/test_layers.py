@@ -28,7 +28,7 @@ ORDER = """
     sites
     cost batches feeds chains patches lookups recurrent_statistics attention_statistics softmax_statistics
     block_chains conv_chains head_chains recurrent_chains
-    statistics stream rewrite kept composing
+    statistics stream rewrite kept composing short_names
     cascade levels stddev
     coding
     level_files

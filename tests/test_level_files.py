@@ -76,15 +76,14 @@ def test_every_weight_is_stored_once(written: Path) -> None:
 
 def test_rows_are_told_by_length_and_columns_cut(written: Path) -> None:
     lowest = onnx.load(written.with_name("m.level_0.onnx"), load_external_data=False)
-    shapes = {tensor.name: list(tensor.dims) for tensor in lowest.graph.initializer}
-    assert shapes["second"] == [16, 80] and shapes["first/whole"] == [64, 48] and shapes["core/whole"] == [48, 48]
+    stored = {tuple(t.dims): {e.key: e.value for e in t.external_data} for t in lowest.graph.initializer}
+    assert stored.keys() >= {(16, 80), (64, 48), (48, 48)}, "second as long as it is, first and core whole"
     assert sum(node.op_type == "Slice" for node in lowest.graph.node) == 2
     highest = onnx.load(written, load_external_data=False)
     assert not [node for node in highest.graph.node if node.op_type == "Slice"], "the highest level pays for nothing"
-    lengths = {t.name: dict((e.key, e.value) for e in t.external_data) for t in lowest.graph.initializer}
-    starts = {t.name: dict((e.key, e.value) for e in t.external_data) for t in highest.graph.initializer}
-    assert lengths["second"]["offset"] == starts["second"]["offset"]
-    assert int(lengths["second"]["length"]) == 16 * 80 * 4
+    starts = {t.name: {e.key: e.value for e in t.external_data} for t in highest.graph.initializer}
+    assert stored[16, 80]["offset"] == starts["second"]["offset"]
+    assert int(stored[16, 80]["length"]) == 16 * 80 * 4
 
 
 @pytest.mark.parametrize("name", ["first", "second"])
@@ -129,8 +128,9 @@ def test_the_highest_level_has_every_weight_as_it_is(tmp_path: Path) -> None:
     assert np.array_equal(answers_of(out)["y"], answers(models[1], samples())["y"])
     smaller, highest = (onnx.load(path) for path in level_paths(out, 2))
     assert not {tensor.name for tensor in highest.graph.initializer} - {"first", "core", "second", "bias", "head"}
-    numbers = {tensor.name: tensor.data_type for tensor in smaller.graph.initializer}
-    assert numbers["head/numbers"] == onnx.TensorProto.INT8 and "head" not in numbers
+    kinds = [tensor.data_type for tensor in smaller.graph.initializer if tuple(tensor.dims) == (80, 48)]
+    assert kinds == [onnx.TensorProto.INT8]
+    assert max(len(tensor.name) for tensor in smaller.graph.initializer) == 1, "names take room as well"
 
 
 def test_an_operator_set_whose_slice_has_no_inputs(tmp_path: Path) -> None:
