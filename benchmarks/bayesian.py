@@ -28,6 +28,7 @@ from lowrank_onnx.cache import open_cache
 from lowrank_onnx.decompositions.ard import ard
 from lowrank_onnx.decompositions.bpmf import bpmf
 from lowrank_onnx.decompositions.evbmf import evbmf
+from lowrank_onnx.decompositions.sampling import posterior_map
 from lowrank_onnx.linalg import energy_rank, finite_svd
 from lowrank_onnx.passes.svd import SVD
 from lowrank_onnx.probe_cache import cached_probe
@@ -44,6 +45,8 @@ METHODS: Mapping[str, Callable[[Any], Any]] = {
     "evbmf": evbmf,
     "ard": ard,
     "bpmf, rank 64, 100 samples": lambda matrix: bpmf(matrix, 64, samples=100, burn_in=20),
+    "bayesian:variant=gibbs, rank 64": lambda matrix: posterior_map(matrix, np.eye(768), 0.01, 64, 200),
+    "bayesian:variant=gibbs, rank 256": lambda matrix: posterior_map(matrix, np.eye(768), 0.01, 256, 200),
 }
 
 

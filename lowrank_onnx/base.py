@@ -158,6 +158,7 @@ class Candidate:
         felt_error: The same with every direction of the output counted by what the model feels of it; None where
             that was not measured.
         options: What ``factorize`` has to know beyond the ranks.
+        diagnostics: What a technique that samples tells of its chains: ``samples``, ``r_hat``, ``effective_samples``.
     """
 
     site: str
@@ -170,6 +171,7 @@ class Candidate:
     output_error: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     felt_error: float | None = None
+    diagnostics: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def error(self) -> float:

@@ -70,6 +70,9 @@ _calibrate = click.option(
 _evaluate = click.option("--evaluate", metavar="DATA", help="Held-out inputs, for the figures of the result.")
 _metric = click.option("--metric", metavar="NAME", help="top1, psnr, ..., path.py:function. Fidelity without one.")
 _technique = click.option("--technique", multiple=True, metavar="NAME[:opt=value,...]", help="May repeat.")
+_samples = click.option(
+    "--samples", type=click.IntRange(8), metavar="N", help="Of bayesian:variant=gibbs, for each layer.  [default: 200]"
+)
 _filters = _options(
     click.option("--include", multiple=True, metavar="GLOB", help="Only nodes of this name. May repeat."),
     click.option("--exclude", multiple=True, metavar="GLOB", help="Not nodes of this name. May repeat."),
@@ -232,6 +235,7 @@ def inspect(model: Path, json_file: Path | None, html: Path | None, overwrite: b
 @_evaluate
 @_metric
 @_technique
+@_samples
 @_filters
 @_mask
 @_runtime
@@ -285,6 +289,7 @@ def compress(
 @_evaluate
 @_metric
 @_technique
+@_samples
 @_filters
 @_mask
 @_runtime
@@ -394,6 +399,7 @@ def benchmark(models: tuple[Path, ...], json_file: Path | None, overwrite: bool,
 @_evaluate
 @_metric
 @_technique
+@_samples
 @_filters
 @_mask
 @_runtime

@@ -67,6 +67,27 @@ def techniques_of(given: str | Sequence[str]) -> tuple[Pass, ...]:
     return tuple(read_technique(text) for text in texts(given))
 
 
+def _sampling(techniques: tuple[Pass, ...], samples: int | None) -> tuple[Pass, ...]:
+    """The techniques, those that sample with this many samples.
+
+    Raises:
+        LowRankError: None of them samples, or the number is out of range.
+    """
+    if samples is None:
+        return techniques
+    if not any(getattr(entry, "variant", "") == "gibbs" for entry in techniques):
+        raise LowRankError("--samples is of a technique that samples; add --technique bayesian:variant=gibbs")
+    try:
+        return tuple(
+            dataclasses.replace(entry, samples=samples)  # type: ignore[call-arg]
+            if getattr(entry, "variant", "") == "gibbs"
+            else entry
+            for entry in techniques
+        )
+    except ValueError as error:
+        raise LowRankError(f"--samples: {error}") from error
+
+
 def read_technique(text: str) -> Pass:
     """Read ``name`` or ``name:option=value,option=value``.
 
@@ -105,6 +126,7 @@ def compress(
     evaluate: Data | None = None,
     metric: str | None = None,
     technique: Sequence[str] = (),
+    samples: int | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     mask: str | None = None,
@@ -143,6 +165,7 @@ def compress(
         calibrate, evaluate: Data: a file, a folder, ``module:function``, arrays by name, or feeds.
         metric: A name, ``path.py:function`` or ``module:function``; fidelity to the original without one.
         technique: ``name:option=value,...``; every default technique if empty.
+        samples: Of ``bayesian:variant=gibbs``, for each layer and rank.
         include, exclude: Patterns of node names.
         mask: Input whose non-zero values mark real rows; looked for if None.
         provider, threads: Where the model runs; 0 threads leaves the number to onnxruntime.
@@ -202,7 +225,7 @@ def compress(
         raise LowRankError(f"minimize must be one of {', '.join(OBJECTIVES)}, got '{minimize}'")
     # A typing error must not wait for the data.
     settings = Settings(
-        techniques_of(technique),
+        _sampling(techniques_of(technique), samples),
         texts(include),
         texts(exclude),
         mask,
@@ -558,6 +581,7 @@ def sweep(
     evaluate: Data | None = None,
     metric: str | None = None,
     technique: Sequence[str] = (),
+    samples: int | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     mask: str | None = None,
@@ -595,7 +619,7 @@ def sweep(
         raise LowRankError(f"--budgets must be one or more shares in (0, 1], such as 0.7,0.5; got '{told}'")
     targets = [read_target({f"keep_{by}": budget}) for budget in sorted(set(budgets), reverse=True)]
     settings = Settings(
-        techniques_of(technique),
+        _sampling(techniques_of(technique), samples),
         texts(include),
         texts(exclude),
         mask,

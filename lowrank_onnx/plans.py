@@ -38,6 +38,8 @@ def plan_to_dict(plan: Plan, sites: Sequence[Site]) -> dict[str, Any]:
             }
             if entry.options:
                 row["options"] = dict(entry.options)
+            if entry.diagnostics:
+                row["diagnostics"] = dict(entry.diagnostics)
             if site.parts:
                 row["covers"] = list(site.parts)
         elif site.parts or site.name in covered:

@@ -13,6 +13,7 @@ import psutil
 from lowrank_onnx.base import Candidate, Site
 from lowrank_onnx.budget import Selection
 from lowrank_onnx.cost import Cost
+from lowrank_onnx.decompositions.bpmf import LEAST_EFFECTIVE, MOST_R_HAT
 from lowrank_onnx.errors import ModelError
 from lowrank_onnx.labels import strongest_rows
 from lowrank_onnx.linalg import Array, effective_rank, energy_rank
@@ -101,7 +102,13 @@ def compress_report(
         "peak_rss_bytes": peak_rss_bytes(),
         "data": _data(problem),
         "sites": _sites(problem, planned, labels),
-        "warnings": [*_warnings(problem), *_blind(problem, planned), *_resized(planned), *_grown(planned, target)],
+        "warnings": [
+            *_warnings(problem),
+            *_blind(problem, planned),
+            *_resized(planned),
+            *_grown(planned, target),
+            *_apart(planned),
+        ],
     }
 
 
@@ -361,6 +368,27 @@ def _grown(planned: Any, target: Target) -> list[str]:
     ]
 
 
+def _apart(planned: Any) -> list[str]:
+    """Sampled layers whose chains have not met."""
+    found = {
+        choice.proposal.site.name: choice.candidate.diagnostics
+        for choice in planned.selection.choices
+        if choice.candidate.diagnostics
+        and (
+            choice.candidate.diagnostics["r_hat"] > MOST_R_HAT
+            or choice.candidate.diagnostics["effective_samples"] < LEAST_EFFECTIVE
+        )
+    }
+    if not found:
+        return []
+    shown = ", ".join(
+        f"{name} (split R-hat {entry['r_hat']:.2f}, {entry['effective_samples']:.0f} effective samples)"
+        for name, entry in list(found.items())[:3]
+    ) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    layers = "one layer" if len(found) == 1 else f"{len(found)} layers"
+    return [f"the chains of {layers} have not converged: {shown}; ask for more --samples"]
+
+
 def _fallen_back(session: Any) -> list[str]:
     """Tells of nodes of the original that a session for the GPU leaves to the CPU."""
     told = left_on_cpu(session)
@@ -432,6 +460,8 @@ def _factorized(proposal: Proposal, candidate: Candidate, data: bool) -> dict[st
         "parameters_after": candidate.parameters + proposal.site.parameters - proposal.site.freed,
         "macs_after": candidate.macs,
     }
+    if candidate.diagnostics:
+        row["diagnostics"] = dict(candidate.diagnostics)
     sigma = getattr(proposal.analysis, "sigma", None)
     return row if sigma is None else row | {"spectrum": _spectrum(sigma, data and candidate.output_error is not None)}
 

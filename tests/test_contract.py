@@ -828,7 +828,16 @@ class BayesianARD(Bayesian):
     variant: str = "ard"
 
 
-HELD: tuple[type[Pass], ...] = (*PASSES, BayesianARD)
+@dataclass(frozen=True)
+class BayesianGibbs(Bayesian):
+    """As are factors that were sampled."""
+
+    name = "bayesian:variant=gibbs"
+    variant: str = "gibbs"
+    samples: int = 40
+
+
+HELD: tuple[type[Pass], ...] = (*PASSES, BayesianARD, BayesianGibbs)
 TAKEN = [
     pytest.param(technique, kind, id=f"{technique.name}-{kind}")
     for technique in HELD

@@ -16,6 +16,7 @@ import scipy.linalg
 
 from lowrank_onnx.linalg import Array, finite_svd
 
+MOST_R_HAT, LEAST_EFFECTIVE = 1.1, 20.0  # beyond them the chains have not met; Gelman et al., section 11.5
 _CHAINS = 2
 _WATCHED = 5  # singular values of the product that the diagnostics look at, besides the noise
 
@@ -29,7 +30,7 @@ class Sampled:
         variance: (m, n) variance of every entry over the samples.
         noise: Mean of 1/β.
         r_hat: Largest split R̂ over what does not change with the basis: the noise, the leading singular values of
-            the product. Near 1 where the chains have met; above about 1.05 take more samples.
+            the product. Near 1 where the chains have met; above ``MOST_R_HAT`` take more samples.
         effective: Least number of independent samples that the chains are worth for one of these.
         samples: Of all chains together, after burn-in.
     """
@@ -74,9 +75,8 @@ def bpmf(matrix: Array, rank: int, samples: int = 200, burn_in: int = 50, seed: 
         for sweep in range(burn_in + length):
             state.sweep()
             if sweep >= burn_in:
-                product = state.left @ state.right.T
-                total += product
-                squares += product**2
+                total += state.product
+                squares += state.product**2
                 watched[chain, sweep - burn_in] = state.watched()
     count = _CHAINS * length
     mean = total / count
@@ -102,13 +102,15 @@ class _Chain:
         # Chains that start apart show by meeting that they have forgotten where they began.
         self.left = u[:, :rank] * root * (1 + 0.2 * rng.standard_normal(rank))
         self.right = vt[:rank].T * root * (1 + 0.2 * rng.standard_normal(rank))
-        self.noise = max(float(np.mean((matrix - self.left @ self.right.T) ** 2)), 1e-12)
+        self.product = self.left @ self.right.T
+        self.noise = max(float(np.mean((matrix - self.product) ** 2)), 1e-12)
 
     def sweep(self) -> None:
         """Draw both factors and the noise once."""
         self.left = self._rows(self.matrix, self.right, self.left)
         self.right = self._rows(self.matrix.T, self.left, self.right)
-        lost = self.matrix - self.left @ self.right.T
+        self.product = self.left @ self.right.T
+        lost = self.matrix - self.product
         shape, rate = 1e-3 + lost.size / 2, 1e-3 + float(np.vdot(lost, lost)) / 2
         self.noise = rate / self.rng.gamma(shape)
 

@@ -48,6 +48,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
         fidelity(report),
         metric_samples(report),
         errors(report) if layers else "",
+        chains(layers),
         sentence((report.get("data") or {}).get("note") or ""),
     )
     return [text for text in said if text]
@@ -220,6 +221,18 @@ def metric_samples(report: Mapping[str, Any]) -> str | None:
     if not metric.get("samples"):
         return None
     return f"{plain(metric['name'])} over {units.plural(metric['samples'], 'sample')}; its change is relative."
+
+
+def chains(sites: Iterable[Mapping[str, Any]]) -> str:
+    """Return one sentence on how far the chains of sampled layers have converged; empty where nothing was sampled."""
+    found = [site["diagnostics"] for site in sites if site.get("diagnostics")]
+    if not found:
+        return ""
+    least = min(entry["effective_samples"] for entry in found)
+    return (
+        f"{units.plural(len(found), 'layer')} sampled, {found[0]['samples']} samples each: split R-hat at most "
+        f"{max(entry['r_hat'] for entry in found):.3f}, worth at least {least:.0f} independent samples."
+    )
 
 
 def environment(report: Mapping[str, Any]) -> str:
