@@ -10,33 +10,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 
-from lowrank_onnx.base import Site
 from lowrank_onnx.batches import batches
 from lowrank_onnx.budget import Selection
-from lowrank_onnx.building import Choice
 from lowrank_onnx.data import Dataset
 from lowrank_onnx.decompositions.posterior import Posterior, fit_posterior
 from lowrank_onnx.linalg import Array
-from lowrank_onnx.patches import as_linear
+from lowrank_onnx.maps import Map, maps_of
 from lowrank_onnx.problem import Problem
 from lowrank_onnx.runtime import open_session, run
-from lowrank_onnx.statistics import choose_rows, expose, padding_mask, positions_of, row_layout
+from lowrank_onnx.statistics import expose, padding_mask, positions_of
 from lowrank_onnx.validation import safe_batch
 
 _BATCH = 8
-_RANK = 1e-6  # of the largest singular value; what is below is rounding
+_ELEMENTS = 2**22  # of the outputs of one batch that are looked at; beyond it every second row, or fewer
 
 
 @dataclass(frozen=True, eq=False)
 class LayerPosterior:
-    """One factorized layer.
+    """One factorized layer, or a part of it that is a map of its own; see ``maps``.
 
     Attributes:
         site: Its name.
@@ -86,20 +83,23 @@ def layer_posteriors(
     assert data is not None
     made = {name for node in selection.built.proto.graph.node for name in node.output}
     made |= {value.name for value in selection.built.proto.graph.input}
+    constants: dict[str, Array] = {}
     layers: list[_Layer] = []
     reasons: dict[str, str] = {}
     for choice in selection.choices:
-        site = choice.proposal.site
-        members = tuple(as_linear(part) for part in choice.proposal.technique.targets(site))
-        if not members:
-            reasons[site.name] = f"{choice.candidate.technique} of kind {site.kind} is no least squares fit of one map"
-        elif members[0].uses[0].scope or members[0].uses[0].input not in made:
-            reasons[site.name] = "its input is inside a subgraph"
-        else:
-            layers.append(_layer(choice, members, selection))
+        found, others = maps_of(choice, selection.built.factors[choice.proposal.site.name])
+        reasons |= others
+        for entry in found:
+            fixed = {name: problem.model.constant(problem.model.scopes[0], name) for name in entry.source.tensors}
+            constants |= {name: constant.value for name, constant in fixed.items() if constant is not None}
+            missing = [name for name in entry.source.tensors if name not in constants and name not in made]
+            if missing:
+                reasons[entry.name] = f"the compressed model has no tensor '{missing[0]}' any more"
+            else:
+                layers.append(_Layer(entry))
     if not layers:
         return [], reasons
-    names = sorted({layer.input for layer in layers})
+    names = sorted({name for layer in layers for name in layer.map.source.tensors} - set(constants))
     dense, small = (
         open_session(expose(proto, names), problem.runtime, problem.model.folder, what="the model")
         for proto in (problem.model.proto, selection.built.proto)
@@ -108,14 +108,12 @@ def layer_posteriors(
     for samples, kept in ((data, False), (held, True)):
         for indices in batches(len(samples), size):
             feeds = samples.batch(indices) if size > 1 else samples.feeds(indices[0])
-            exact, seen = ({**feeds, **run(session, feeds)} for session in (dense, small))
+            exact, seen = ({**constants, **feeds, **run(session, feeds)} for session in (dense, small))
             keep = padding_mask(feeds, mask)
+            count = positions_of(len(indices), len(samples))
             for layer in layers:
-                value = exact[layer.input]
-                count = positions_of(len(indices), len(samples))
-                rows = choose_rows(row_layout(layer.members[0]), value.shape, keep, count, indices[0])
                 sums = layer.held if kept else layer.seen
-                sums.add(layer, rows.of_input(value), rows.of_input(seen[layer.input]))
+                sums.add(layer.map, *layer.map.source.pairs(exact, seen, keep, count, indices[0]))
     return [layer.finish() for layer in layers if layer.seen.rows and layer.held.rows], reasons
 
 
@@ -124,7 +122,7 @@ def arrays_of(layers: Sequence[LayerPosterior]) -> dict[str, Array]:
 
     ``i/input`` the tensor of the compressed model that is read, ``i/encoder`` (K, k - 1), ``i/mean`` (k, N),
     ``i/covariance`` (k, k), ``i/noise`` (N,), ``i/rows``. With z = [1, x @ encoder] the variance of output j is
-    ``noise[j] * (1 + z @ covariance @ z)``.
+    ``noise[j] * (1 + z @ covariance @ z)``. Of a lookup x is the row looked up, of ``(R)`` the states ahead of a step.
     """
     made: dict[str, Array] = {"sites": np.array([layer.site for layer in layers], dtype=np.str_)}
     for place, layer in enumerate(layers):
@@ -151,16 +149,17 @@ class _Sums:
     total: Array | float = 0.0
     error: Array | float = 0.0
 
-    def add(self, layer: _Layer, source: Array, x: Array) -> None:
-        x = x.astype(np.float64)
-        t = np.concatenate([source @ part.weight.astype(np.float64) for part in layer.members], axis=1) + layer.given
-        z = np.concatenate([np.ones((len(x), 1)), x @ layer.encoder], axis=1)
+    def add(self, entry: Map, source: Array, x: Array) -> None:
+        step = -(-len(x) * entry.weight.shape[1] // _ELEMENTS) or 1
+        source, x = source[::step], x[::step].astype(np.float64)
+        t = source @ entry.weight + entry.given
+        z = np.concatenate([np.ones((len(x), 1)), x @ entry.encoder], axis=1)
         self.rows += len(x)
         self.gram = self.gram + z.T @ z
         self.cross = self.cross + z.T @ t
         self.energy = self.energy + np.sum(t**2, axis=0)
         self.total = self.total + t.sum(axis=0)
-        self.error = self.error + np.sum((t - x @ layer.effective - layer.bias) ** 2, axis=0)
+        self.error = self.error + np.sum((t - x @ entry.effective - entry.bias) ** 2, axis=0)
 
     def relative_error(self) -> float:
         """Root of the squared error over the squared deviation of the original output from its mean."""
@@ -170,20 +169,11 @@ class _Sums:
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A layer in the making: its map, and what was seen of it."""
+    """A map, and what was seen of it."""
 
-    choice: Choice
-    members: tuple[Site, ...]
-    effective: Array
-    encoder: Array
-    bias: Array
-    given: Array
-    seen: _Sums
-    held: _Sums
-
-    @property
-    def input(self) -> str:
-        return self.members[0].uses[0].input
+    map: Map
+    seen: _Sums = field(default_factory=_Sums)
+    held: _Sums = field(default_factory=_Sums)
 
     def finish(self) -> LayerPosterior:
         seen, held = self.seen, self.held
@@ -191,24 +181,8 @@ class _Layer:
         # The error of held-out rows in units of what being unsure of the factor adds to every one of them.
         added = float(np.vdot(made.covariance, np.asarray(held.gram)))
         made = dataclasses.replace(made, noise=np.asarray(held.error) / (held.rows + added))
-        name, technique = self.choice.proposal.site.name, self.choice.candidate.technique
+        entry = self.map
         return LayerPosterior(
-            name, technique, self.input, self.encoder, made, held.relative_error(), seen.relative_error(), held.rows
-        )
-
-
-def _layer(choice: Choice, members: tuple[Site, ...], selection: Selection) -> _Layer:
-    site = choice.proposal.site
-    factors: Mapping[str, Array] = selection.built.factors[site.name]
-    effective, bias = choice.proposal.technique.effective(site, choice.candidate, factors)
-    given = np.concatenate(list(_biases(members)))
-    u, sigma, _ = scipy.linalg.svd(effective.astype(np.float64), full_matrices=False)
-    encoder = u[:, : int(np.sum(sigma > _RANK * sigma[0]))]
-    whole = given if bias is None else bias.astype(np.float64)
-    return _Layer(choice, members, effective.astype(np.float64), encoder, whole, given, _Sums(), _Sums())
-
-
-def _biases(members: Sequence[Site]) -> Iterator[Array]:
-    for part in members:
-        bias = part.uses[0].bias
-        yield np.zeros(part.weight.shape[1]) if bias is None else np.asarray(bias, np.float64)
+            entry.name, entry.technique, entry.input, entry.encoder, made, held.relative_error(),
+            seen.relative_error(), held.rows,
+        )  # fmt: skip

@@ -63,6 +63,38 @@ def read_cell(site: Site, node: Any) -> Cell:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """One run of a cell, time first.
+
+    Attributes:
+        inputs: (T, B, I).
+        before: By direction (T, B, H), the states ahead of every step.
+        valid: (T, B) False at padding.
+    """
+
+    cell: Cell
+    inputs: Array
+    before: tuple[Array, ...]
+    valid: Array
+
+
+def walked(site: Site, node: Any, values: Mapping[str, Array], output: str, keep: Array | None) -> Walk:
+    """Lay out what a node reads and its Y, ``output``, as its steps meet them."""
+    cell, sizes = read_cell(site, node), site.attributes
+    x, y = values[operand(node, 0)], values[output]
+    if cell.layout == 1:
+        x, y = np.swapaxes(x, 0, 1), np.moveaxis(y, 0, 2)  # (T, B, I), (T, D, B, H)
+    steps, batch = x.shape[:2]
+    start = _initial(values, operand(node, 5), cell, sizes, batch)
+    lengths = values.get(operand(node, 4), np.full(batch, steps))
+    valid = np.arange(steps)[:, None] < lengths  # (T, B)
+    if keep is not None and keep.shape == (batch, steps):
+        valid &= keep.T
+    before = [_before(y[:, d], start[d], lengths, reverse) for d, reverse in enumerate(cell.reverse)]
+    return Walk(cell, x.astype(np.float32), tuple(entry.astype(np.float32) for entry in before), valid)
+
+
 class _Sums:
     """Running sums of one cell."""
 
@@ -77,32 +109,22 @@ class _Sums:
     def add(self, node: Any, values: Mapping[str, Array], output: str, keep: Array | None, held: bool) -> None:
         """Add one run: ``values`` holds what the node reads, and Y as ``output``."""
         fold = int(held)
-        cell, sizes = read_cell(self.site, node), self.site.attributes
-        x, y = values[operand(node, 0)], values[output]
-        if cell.layout == 1:
-            x, y = np.swapaxes(x, 0, 1), np.moveaxis(y, 0, 2)  # (T, B, I), (T, D, B, H)
-        steps, batch = x.shape[:2]
-        starts = [_initial(values, operand(node, place), cell, sizes, batch) for place in (5, 6)]
-        lengths = values.get(operand(node, 4), np.full(batch, steps))
-        valid = np.arange(steps)[:, None] < lengths  # (T, B)
-        if keep is not None and keep.shape == (batch, steps):
-            valid &= keep.T
+        walk = walked(self.site, node, values, output, keep)
+        cell, valid, sizes = walk.cell, walk.valid, self.site.attributes
         weight, bias = self.site.weight.astype(np.float32), sizes["bias"]
         inputs, rows = sizes["inputs"], weight.shape[1]
-        joined = [x.astype(np.float32)]
-        for d, reverse in enumerate(cell.reverse):
-            before = _before(y[:, d], starts[0][d], lengths, reverse).astype(np.float32)
-            joined.append(before)
-            into = x @ weight[d, :, :inputs].T
+        cells = _initial(values, operand(node, 6), cell, sizes, valid.shape[1])
+        for d, (reverse, before) in enumerate(zip(cell.reverse, walk.before, strict=True)):
+            into = walk.inputs @ weight[d, :, :inputs].T
             state = before @ weight[d, :, inputs:].T
             if bias is not None:
                 into, state = into + bias[d, :rows], state + bias[d, rows:]
             if cell.default:
                 turn = slice(None, None, -1 if reverse else 1)
-                pre = Preactivations(into[turn], state[turn], before[turn], starts[1][d])
+                pre = Preactivations(into[turn], state[turn], before[turn], cells[d])
                 for side, felt in enumerate(sensitivity(self.site.op, pre, cell.linear_before_reset)):
                     self.felt[side, d] += felt[turn][valid].sum(axis=0, dtype=np.float64)
-        z = np.concatenate(joined, axis=2)[valid]
+        z = np.concatenate([walk.inputs, *walk.before], axis=2)[valid]
         self.rows[fold] += len(z)
         self.total[fold] += z.sum(axis=0, dtype=np.float64)
         self.products[fold] += z.T @ z

@@ -30,7 +30,7 @@ from lowrank_onnx.passes.svd import SVD, Spectrum, pooled
 VARIANTS = ("evbmf", "ard", "gibbs")
 MOST_SAMPLES = 20_000
 LARGEST = 2**22  # elements of a weight that is sampled; memory is six times as much in float64
-MOST_WORK = 1.5e12  # multiply-accumulates to sample a layer at one rank: some two minutes of a core
+MOST_WORK = 5e11  # multiply-accumulates to sample a layer at one rank: a few minutes of a core
 _OFFERED = 4  # ranks of a layer that is sampled
 _MARGIN = 1e-3
 

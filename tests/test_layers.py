@@ -38,7 +38,8 @@ ORDER = """
     problem proposals
     latency building probes grids
     probe_cache refine budget forms waves crossovers felt
-    search reporting cascading nesting leveling adaptive run spread posteriors judging
+    search reporting cascading nesting leveling adaptive run spread maps judging
+    posteriors
     report
     frontiers deciding
     finishing sweeping
