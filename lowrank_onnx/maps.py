@@ -109,12 +109,12 @@ def _plain(site: Site, technique: str, dense: Mapping[str, Dense]) -> Iterator[M
 def _made(
     name: str, technique: str, tensor: str, source: Source, weights: Sequence[Array], biases: Sequence[Array]
 ) -> Map | tuple[str, str]:
-    """A map of W and Ŵ, b and b̂; without lower rank there are no codes."""
+    """A map of W and Ŵ, b and b̂; or that nothing was lost of W."""
     weight, effective = (entry.astype(np.float64) for entry in weights)
     u, sigma, _ = scipy.linalg.svd(effective, full_matrices=False)
     rank = int(np.sum(sigma > _RANK * sigma[0]))
-    if np.array_equal(weight, effective):
-        return name, "it is not factorized"
+    if np.linalg.norm(weight - effective) <= _RANK * np.linalg.norm(weight):
+        return name, "its weight is still that of the original"
     given, bias = (entry.astype(np.float64) for entry in biases)
     return Map(name, technique, tensor, source, weight, given, effective, bias, u[:, :rank])
 
