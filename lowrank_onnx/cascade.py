@@ -159,6 +159,16 @@ def common_threshold(parts: Iterable[tuple[Array, Array]], agreement: float) -> 
     return max(value for value in found if value is not None)
 
 
+def agrees(losses: Iterable[Array], agreement: float) -> bool:
+    """Whether a model keeps the agreement with nothing that goes on, by the rule of ``common_threshold``.
+
+    Args:
+        losses: (n,) disagreement with the original, in [0, 1], for each set of samples.
+        agreement: The wish, in (0, 1).
+    """
+    return common_threshold(((np.zeros(len(lost)), lost) for lost in losses), agreement) == -math.inf
+
+
 def build_cascade(full: ModelProto, cheap: ModelProto, gate: Gate, ranks: Mapping[str, int], rows: bool) -> ModelProto:
     """Put both models into one.
 

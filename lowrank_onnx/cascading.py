@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,17 +30,20 @@ from lowrank_onnx.errors import DataError, LowRankError, TargetError
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.model import parameter_count, saved_size
 from lowrank_onnx.problem import Problem, training_data
+from lowrank_onnx.rivals import Exam, Frontier, Static, advice, answers, feeds_of, find_static, judge
 from lowrank_onnx.runtime import open_session
-from lowrank_onnx.validation import Collector, Outputs, Timing, expected_timing
+from lowrank_onnx.validation import Outputs, Timing, expected_timing, time_kinds
 
 HELD_OUT = 0.4  # of the calibration data, for the threshold; the cheap level is fitted to the others
 LEVELS = (0.93, 0.85, 0.7, 0.5, 0.3, 0.15)  # of the multiply-accumulates, where the target names no cheap level
 _ATTEMPTS = 4  # of more caution, until the evaluation data agree
 _MORE = 1.5  # times as many samples go on with each
-_TIMED = 64  # samples of each kind
 
 Levels = Iterable[tuple[str, Callable[[], Selection]]]
 """Cheap levels: what a report calls them, and how they are made."""
+
+Frontiers = Callable[[], Iterable[tuple[str, Frontier]]]
+"""Where static models may lie, by the unit of their savings."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +54,8 @@ class Cascade:
         label: What the cheap level is called.
         cheap: The cheap level.
         selection: The cheap level's choices with the whole cascade built; multiply-accumulates are expected ones.
+        sessions: Original, cheap level and cascade.
+        escalated: (held-out samples,) which of them go on.
         timing: Original and cascade, at batch 1, mean over the held-out samples.
         told: For the report.
     """
@@ -58,6 +63,8 @@ class Cascade:
     label: str
     cheap: Selection
     selection: Selection
+    sessions: tuple[Any, Any, Any]
+    escalated: Array
     timing: Timing
     told: dict[str, Any]
 
@@ -68,12 +75,12 @@ class Rival:
 
     label: str
     speedup: float
-    agreement: float
+    static: Static
 
     def __str__(self) -> str:
         return (
-            f"the level agrees on {self.agreement:.4f} alone and needs no cascade, at {self.speedup:.2f} times the "
-            "speed of the original; ask for a smaller level, or leave --agreement out"
+            f"the level agrees on {self.static.agreement:.4f} alone and needs no cascade, at {self.speedup:.2f} times "
+            "the speed of the original; ask for a smaller level, or leave --agreement out"
         )
 
 
@@ -121,20 +128,23 @@ def hold_out(problem: Problem, agreement: float, mask: str | None, augment: bool
     return dataclasses.replace(problem, calibrate=fitted, training=training), data.subset(sorted(order[:held]))
 
 
-def find_cascade(problem: Problem, levels: Levels, held: Dataset, agreement: float) -> Cascade:
-    """Try the cheap levels, and return the cascade with the least expected cost.
+def find_cascade(problem: Problem, levels: Levels, held: Dataset, agreement: float, frontiers: Frontiers) -> Cascade:
+    """Try the cheap levels, and return the cascade with the least expected cost, if no static model is as fast.
 
     Args:
         held: Samples the levels were not fitted to.
+        frontiers: Asked for once there is a cascade.
 
     Raises:
-        TargetError: None pays; the message tells each one's cost and share.
+        TargetError: None pays; the message tells each one's cost and share. Or a model without one that agrees as
+            often is as fast; the message tells both times.
     """
     assert problem.calibrate is not None, "hold_out asks for samples"
-    seen, reference = (_answers(problem.session, data) for data in (problem.calibrate, held))
+    seen, reference = (answers(problem.session, data) for data in (problem.calibrate, held))
     names = tuple(name for name in score_outputs(reference) if len(reference[name]) == len(held))
     if not names:
         raise TargetError(f"--agreement {agreement:g} cannot be met: no output has one row of class scores a sample")
+    exam = Exam(problem, held, names, agreement, seen, reference)
     found: list[Cascade] = []
     rivals: list[Rival] = []
     refused: list[str] = []
@@ -144,7 +154,7 @@ def find_cascade(problem: Problem, levels: Levels, held: Dataset, agreement: flo
         except TargetError as error:
             refused.append(f"{label}: {error}")
             continue
-        trial = _try(problem, label, cheap, held, (seen, reference), names, agreement)
+        trial = _try(exam, label, cheap)
         if isinstance(trial, Cascade):
             found.append(trial)
         else:
@@ -152,68 +162,114 @@ def find_cascade(problem: Problem, levels: Levels, held: Dataset, agreement: flo
         if isinstance(trial, Rival):
             rivals.append(trial)
     best = min(found, key=lambda entry: entry.told["expected_cost"], default=None)
+    if best is not None:
+        static, tried = find_static(exam, frontiers(), [rival.static for rival in rivals])
+        return _raced(exam, best, static, tried)
     rival = max(rivals, key=lambda entry: entry.speedup, default=None)
-    if (
-        rival is not None
-        and len(refused) + len(found) > 1
-        and (best is None or rival.speedup * best.told["expected_cost"] >= 1)
-    ):
-        told = (
-            ""
-            if best is None
-            else f"the best, of {best.label}, is {1 / best.told['expected_cost']:.2f} times as fast; "
-        )
+    if rival is not None and len(refused) > 1:
         raise TargetError(
-            f"--agreement {agreement:g}: no cascade pays; {told}a model without one, of {rival.label}, is "
-            f"{rival.speedup:.2f} times as fast as the original and agrees on {rival.agreement:.4f}: use that target "
-            "without --agreement"
+            f"--agreement {agreement:g}: no cascade pays; a model without one, of {rival.label}, is "
+            f"{rival.speedup:.2f} times as fast as the original and agrees on {rival.static.agreement:.4f}: use that "
+            "target without --agreement"
         )
-    if best is None:
-        raise TargetError(f"--agreement {agreement:g}: no cascade pays; {'; '.join(refused)}")
-    return best
+    raise TargetError(f"--agreement {agreement:g}: no cascade pays; {'; '.join(refused)}")
 
 
-def _try(
-    problem: Problem,
-    label: str,
-    cheap: Selection,
-    held: Dataset,
-    exact: tuple[dict[str, Array], dict[str, Array]],
-    names: Sequence[str],
-    agreement: float,
-) -> Cascade | Rival | str:
-    """The cascade of one cheap level; or that the level needs none; or why there is none.
+def _raced(exam: Exam, best: Cascade, static: Static | None, tried: int) -> Cascade:
+    """Time the cascade beside the original and the static model that agrees as often, and tell of both.
+
+    The times it was chosen by are left behind: of several the least is the luckiest as well.
 
     Args:
-        exact: What the original answers to the samples the level was fitted to, and to ``held``.
+        static: None where no model agrees.
+        tried: How many were tried.
+
+    Raises:
+        TargetError: It is not faster than both for certain.
     """
+    share = best.told["escalated"]
+    kinds = [feeds_of(exam.held, np.flatnonzero(best.escalated == flag)) for flag in (False, True)]
+    sessions = best.sessions if static is None else (*best.sessions, static.session)
+    paces = time_kinds(sessions, kinds, [1 - share, share], exam.problem.seed)
+    timing = paces.against(0)
+    times = [latency.quiet for latency in timing.latencies]
+    ratio = timing.ratios[2]
+    costs = (
+        f"--agreement {exam.agreement:g}: the best cascade, of {best.label}, takes {times[2]:.4f} ms expected "
+        f"({share:.1%} of the samples go on) against {times[0]:.4f} ms of the original, "
+        f"{ratio.value:.2f} times as fast ({ratio.low:.2f} to {ratio.high:.2f})"
+    )
+    told = best.told | {
+        "original_ms": times[0],
+        "cheap_ms": times[1],
+        "expected_ms": times[2],
+        "expected_cost": 1 / ratio.value,
+        "static_tried": tried,
+        "static": None,
+    }
+    if static is not None:
+        race = paces.against(3).ratios[2]
+        cost, before = static.selection.cost, exam.problem.cost
+        told["static"] = {
+            "made_by": static.made_by,
+            "option": advice(static, exam.problem, timing.ratios[3].value),
+            "parameters": cost.parameters,
+            "macs": cost.macs,
+            "size_bytes": cost.size_bytes,
+            "agreement_held_out": static.agreement,
+            "agreement_evaluated": static.evaluated,
+            "ms": times[3],
+            "speedup": timing.ratios[3].value,
+            "cascade_speedup": race.value,
+            "cascade_speedup_low": race.low,
+            "cascade_speedup_high": race.high,
+        }
+        if race.low <= 1:
+            macs = (
+                f" with {cost.macs / before.macs:.1%} of the multiply-accumulates" if cost.macs and before.macs else ""
+            )
+            raise TargetError(
+                f"{costs}; but a model without one{macs} agrees on {static.agreement:.4f} of the same samples, by the "
+                f"same rule, and takes {times[3]:.4f} ms: the cascade is {race.value:.2f} times as fast as that "
+                f"({race.low:.2f} to {race.high:.2f}); use {told['static']['option']} without --agreement"
+            )
+    if ratio.low <= 1:
+        raise TargetError(f"{costs}: timed once more, no cascade pays")
+    pair = Timing((timing.latencies[0], timing.latencies[2]), (timing.ratios[0], ratio))
+    return dataclasses.replace(best, timing=pair, told=told)
+
+
+def _try(exam: Exam, label: str, cheap: Selection) -> Cascade | Rival | str:
+    """The cascade of one cheap level; or that the level needs none; or why there is none."""
+    problem, held, names, agreement = exam.problem, exam.held, exam.names, exam.agreement
     assert problem.calibrate is not None
-    seen, reference = exact
     session = _open(problem, cheap.built.proto)
-    answers = _answers(session, held)
-    losses = disagreement(reference, answers, names)
+    found = answers(session, held)
+    losses = disagreement(exam.reference, found, names)
     alone = 1 - float(losses.mean())
-    fitted = _answers(session, problem.calibrate)
-    known = disagreement(seen, fitted, names)
+    fitted = answers(session, problem.calibrate)
+    known = disagreement(exam.seen, fitted, names)
     gate = most_telling(fitted, known, names)
     # The samples of the fit agree more often if anything: where even they ask for more caution, the others were lucky.
-    parts = [(confidence(part, gate), lost) for part, lost in ((answers, losses), (fitted, known))]
+    parts = [(confidence(part, gate), lost) for part, lost in ((found, losses), (fitted, known))]
     gate = dataclasses.replace(gate, threshold=common_threshold(parts, agreement))
     if gate.threshold == -math.inf:
-        static = expected_timing([problem.session, session], [_feeds(held, range(len(held)))], [1.0], problem.seed)
-        reached = alone if problem.evaluate is None else _agreement(problem, session, names)
-        if reached >= agreement:
-            return Rival(label, static.ratios[1].value, alone)
-        gate = dataclasses.replace(gate, threshold=_quantile(answers, gate, 0.0))
+        static = judge(exam, label, cheap)
+        if static is not None:
+            timing = expected_timing(
+                [problem.session, session], [feeds_of(held, range(len(held)))], [1.0], problem.seed
+            )
+            return Rival(label, timing.ratios[1].value, static)
+        gate = dataclasses.replace(gate, threshold=_quantile(found, gate, 0.0))
     told = ""
     rows = can_batch(problem.session, held) and can_batch(session, held)
-    ranks = {name: reference[name].ndim for name in names}
+    ranks = {name: exam.reference[name].ndim for name in names}
     for raised in range(_ATTEMPTS):
-        escalated = confidence(answers, gate) < gate.threshold
+        escalated = confidence(found, gate) < gate.threshold
         share = float(escalated.mean())
         proto = build_cascade(problem.model.proto, cheap.built.proto, gate, ranks, rows)
         cascade = _open(problem, proto)
-        kinds = [_feeds(held, np.flatnonzero(escalated == flag)) for flag in (False, True)]
+        kinds = [feeds_of(held, np.flatnonzero(escalated == flag)) for flag in (False, True)]
         timing = expected_timing([problem.session, session, cascade], kinds, [1 - share, share], problem.seed)
         times = [latency.quiet for latency in timing.latencies]
         costs = (
@@ -223,13 +279,11 @@ def _try(
         if timing.ratios[2].low <= 1:
             ratio = timing.ratios[2]
             return f"{costs}: {ratio.value:.2f} times as fast ({ratio.low:.2f} to {ratio.high:.2f})"
-        evaluated: float | None = None
-        if problem.evaluate is not None:
-            evaluated = _agreement(problem, cascade, names)
-            if evaluated < agreement:
-                told = f"{costs}; agreement on the evaluation data {evaluated:.4f}"
-                gate = dataclasses.replace(gate, threshold=_quantile(answers, gate, _MORE * share))
-                continue
+        evaluated = exam.evaluated(cascade)
+        if evaluated is not None and evaluated < agreement:
+            told = f"{costs}; agreement on the evaluation data {evaluated:.4f}"
+            gate = dataclasses.replace(gate, threshold=_quantile(found, gate, _MORE * share))
+            continue
         macs = None
         if problem.cost.macs is not None and cheap.cost.macs is not None:
             macs = round(cheap.cost.macs + share * problem.cost.macs)
@@ -256,36 +310,17 @@ def _try(
             "expected_cost": 1 / timing.ratios[2].value,
         }
         pair = Timing((timing.latencies[0], timing.latencies[2]), (timing.ratios[0], timing.ratios[2]))
-        return Cascade(label, cheap, dataclasses.replace(cheap, built=built, cost=cost), pair, row)
+        selection = dataclasses.replace(cheap, built=built, cost=cost)
+        return Cascade(label, cheap, selection, (problem.session, session, cascade), escalated, pair, row)
     return told
 
 
-def _quantile(answers: dict[str, Array], gate: Gate, share: float) -> float:
+def _quantile(found: dict[str, Array], gate: Gate, share: float) -> float:
     """The threshold that sends a share of the samples on, one more than before at least."""
-    sure = np.sort(confidence(answers, gate))
+    sure = np.sort(confidence(found, gate))
     before = int((sure < gate.threshold).sum())
     place = min(max(round(share * len(sure)), before + 1), len(sure) - 1)
     return float((sure[place - 1] + sure[place]) / 2)
-
-
-def _agreement(problem: Problem, session: Any, names: Sequence[str]) -> float:
-    """Agreement with the original on the evaluation data."""
-    assert problem.evaluate is not None
-    exact, seen = _answers(problem.session, problem.evaluate), _answers(session, problem.evaluate)
-    return 1 - float(disagreement(exact, seen, names).mean())
-
-
-def _feeds(data: Dataset, places: Iterable[int]) -> list[dict[str, Array]]:
-    return [data.feeds(int(place)) for place, _ in zip(places, range(_TIMED), strict=False)]
-
-
-def _answers(session: Any, data: Dataset) -> dict[str, Array]:
-    """Outputs of all samples, joined on axis 0."""
-    runs = Outputs(session, data)
-    kept = Collector(len(data))
-    for outputs in runs:
-        kept.add(outputs, runs.size)
-    return kept.take()
 
 
 def _open(problem: Problem, proto: ModelProto) -> Any:

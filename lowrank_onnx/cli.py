@@ -572,6 +572,12 @@ def _tell_levels(content: Mapping[str, Any]) -> None:
         told = [f"{cascade['escalated']:.1%} of the samples go on to the full model"]
         if cascade.get("expected_ms"):
             told.append(f"expected {cascade['expected_ms']:.4f} ms against {cascade['original_ms']:.4f} ms")
+        if cascade.get("static_tried"):
+            static = cascade["static"]
+            alone = "no model without a cascade agrees as often"
+            if static is not None:
+                alone = f"{static['ms']:.4f} ms a model without a cascade that agrees as often ({static['option']})"
+            told.append(f"{alone}, of {cascade['static_tried']} tried")
         click.echo("cascade: " + "; ".join(told))
     rows = content.get("levels") or ()
     if not rows:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
+from lowrank_onnx.allocation import Option, largest_saving
 from lowrank_onnx.base import Candidate, Counts, Moments, RankWish, Site
-from lowrank_onnx.budget import Damage, Selection, carry_out, meet_budget, reasons_for_kept, saving, with_factors
+from lowrank_onnx.budget import (
+    Damage,
+    Selection,
+    carry_out,
+    meet_budget,
+    options_for,
+    reasons_for_kept,
+    saving,
+    with_factors,
+)
 from lowrank_onnx.building import Choice
 from lowrank_onnx.cache import open_cache
 from lowrank_onnx.errors import TargetError
@@ -19,7 +31,7 @@ from lowrank_onnx.problem import Problem
 from lowrank_onnx.proposals import UNSUITED, Proposal, filter_sites, propose, with_work
 from lowrank_onnx.refine import refine as refine_factors
 from lowrank_onnx.run import Run
-from lowrank_onnx.search import reach_speedup, stay_within
+from lowrank_onnx.search import at_saving, reach_speedup, stay_within
 from lowrank_onnx.target import BUDGETS, Target
 from lowrank_onnx.waves import undominated
 
@@ -38,8 +50,47 @@ class Planned:
     refusals: Mapping[str, str]
 
 
-def decide(run: Run, target: Target) -> Planned:
+class Prepared(NamedTuple):
+    """What several budgets of one model choose from: observed, proposed and probed once."""
+
+    sites: list[Site]
+    proposals: list[Proposal]
+    refusals: dict[str, str]
+    damage: Damage
+
+
+def prepare(run: Run, option: str) -> Prepared:
+    """What budgets of multiply-accumulates choose from.
+
+    Raises:
+        TargetError: No layer can be factorized.
+    """
+    sites, proposals, refusals = offers(run, run.observe(), option, working=True)
+    return Prepared(sites, proposals, refusals, probed(run, proposals))
+
+
+def frontiers(run: Run, prepared: Prepared) -> Iterator[tuple[str, Callable[[float], Selection | None]]]:
+    """Every unit of the work of a run, and what makes the model at a share of the largest saving."""
+    sites, proposals, _, damage = prepared
+    for unit in ("macs", "latency") if run.problem.feeds is not None else ("macs",):
+        options = options_for(proposals, _value(run, unit, "--agreement", proposals), damage)
+        most = largest_saving(options)
+        if most > 0:
+            yield unit, partial(_finished_at, run, sites, options, most)
+
+
+def _finished_at(
+    run: Run, sites: Sequence[Site], options: Sequence[Option], most: float, share: float
+) -> Selection | None:
+    selection = at_saving(run.problem, options, share * most)
+    return None if selection is None else refined(run, selection, sites)
+
+
+def decide(run: Run, target: Target, prepared: Prepared | None = None) -> Planned:
     """Choose candidates that meet a target, and carry them out.
+
+    Args:
+        prepared: For a budget of multiply-accumulates, what it chooses from; made anew if None.
 
     Raises:
         TargetError: The target cannot be met.
@@ -48,8 +99,11 @@ def decide(run: Run, target: Target) -> Planned:
     searched = settings.minimize if target.kind == "max_drop" else target.kind
     working = searched in ("keep_macs", "speedup", "latency", "macs")
     timed = searched in ("speedup", "latency")
-    sites, proposals, refusals = offers(run, run.observe(), target.option, working, target.rank, timed)
-    damage = probed(run, proposals) if target.kind != "rank" else damage_of(proposals, {})
+    if prepared is None:
+        sites, proposals, refusals = offers(run, run.observe(), target.option, working, target.rank, timed)
+        damage = probed(run, proposals) if target.kind != "rank" else damage_of(proposals, {})
+    else:
+        sites, proposals, refusals, damage = prepared
 
     def finish(selection: Selection) -> Selection:
         return refined(run, selection, sites)
@@ -69,12 +123,12 @@ def decide(run: Run, target: Target) -> Planned:
         selection = finish(selection)
         kept = "dense is the better use of the budget: other layers lose less"
     else:
-        value = _value(run, target, proposals)
+        unit = "latency" if target.kind == "speedup" else settings.minimize
+        value = _value(run, unit, target.option, proposals)
         with run.clock.step("search"):
             if target.kind == "speedup":
                 selection = reach_speedup(problem, proposals, damage, value, target.value, finish, run.progress)
             else:
-                unit = settings.minimize
                 selection = stay_within(problem, proposals, damage, value, unit, target.value, finish, run.progress)
         kept = "dense is better: too little to gain for what it would lose"
     return Planned(selection, reasons_for_kept(problem.sites, selection.choices, refusals, kept))
@@ -150,11 +204,10 @@ def refined(run: Run, selection: Selection, sites: Sequence[Site]) -> Selection:
         return with_factors(problem, found.choices, found.factors, found.notes, found.kept)
 
 
-def _value(run: Run, target: Target, proposals: Sequence[Proposal]) -> Callable[[Site, Candidate], float]:
+def _value(run: Run, unit: str, option: str, proposals: Sequence[Proposal]) -> Callable[[Site, Candidate], float]:
     """What a candidate is worth to a search: microseconds, or a unit of a budget."""
-    unit = "latency" if target.kind == "speedup" else run.settings.minimize
     if unit == "latency":
-        run.problem.require_feeds(target.option)
+        run.problem.require_feeds(option)
         with run.clock.step("time"):
             curves = measure_latencies(run.problem, proposals, open_cache(run.settings.cache), run.progress)
         return latency_saving(proposals, curves)

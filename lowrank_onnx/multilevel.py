@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 from onnx import ModelProto
@@ -13,14 +13,15 @@ from onnx import ModelProto
 from lowrank_onnx.budget import Selection, reasons_for_kept
 from lowrank_onnx.building import Built
 from lowrank_onnx.cascading import find_cascade, hold_out
-from lowrank_onnx.deciding import Planned, decide, offers, probed, refined
-from lowrank_onnx.errors import ModelError
+from lowrank_onnx.deciding import Planned, Prepared, decide, frontiers, offers, prepare, probed, refined
+from lowrank_onnx.errors import ModelError, TargetError
 from lowrank_onnx.finishing import Result, finish
 from lowrank_onnx.level_files import level_openers, level_paths, save_levels
 from lowrank_onnx.leveling import STATIC, against_static, level_rows
 from lowrank_onnx.levels import build_levels
 from lowrank_onnx.model import Model, data_file, load, parameter_count, saved_size
 from lowrank_onnx.nesting import LARGER, nested_levels
+from lowrank_onnx.rivals import Frontier
 from lowrank_onnx.run import Run
 from lowrank_onnx.runtime import open_session
 from lowrank_onnx.target import Target, read_target
@@ -112,19 +113,31 @@ def compress_cascade(run: Run, targets: Sequence[Target], agreement: float) -> R
     """Make a cheap level for every target, take the cascade that costs least, validate and report.
 
     Raises:
-        TargetError: No cascade pays.
+        TargetError: No cascade pays, or a model without one that agrees as often is as fast.
     """
     settings = run.settings
     fitted, held = hold_out(run.problem, agreement, settings.mask, settings.augment)
     run = dataclasses.replace(run, problem=fitted)
     decided: dict[str, tuple[Target, Planned]] = {}
 
+    @cache
+    def prepared() -> Prepared:
+        return prepare(run, "--agreement")
+
     def level(target: Target) -> Selection:
-        planned = decide(run, target)
+        planned = decide(run, target, prepared() if target.kind == "keep_macs" else None)
         decided[target.option] = (target, planned)
         return planned.selection
 
     levels = [(target.option, partial(level, target)) for target in targets]
-    found = find_cascade(fitted, levels, held, agreement)
+
+    def statics() -> Iterator[tuple[str, Frontier]]:
+        try:
+            ready = prepared()
+        except TargetError:  # what the target of the cheap level takes saves no work
+            return
+        yield from frontiers(run, ready)
+
+    found = find_cascade(fitted, levels, held, agreement, statics)
     target, planned = decided[found.label]
     return finish(run, target, Planned(found.selection, planned.refusals), cascade=found)

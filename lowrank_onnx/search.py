@@ -79,7 +79,7 @@ def reach_speedup(
     lower, best, fastest = 0.0, None, 1.0
     upper = most
     for step in range(_SPEED_STEPS):
-        selection = _at(problem, options, needed)
+        selection = at_saving(problem, options, needed)
         if selection is None:
             break
         ratio = _speed(problem, selection)
@@ -148,7 +148,7 @@ def stay_within(
         refining = step >= _STEPS
         if refining:
             share = good if best is None and good > 0 else (good + bad) / 2
-        selection = _at(problem, options, share * most)
+        selection = at_saving(problem, options, share * most)
         if selection is not None and refining:
             selection = finish(selection)
         if selection is not None:
@@ -166,7 +166,7 @@ def stay_within(
         share = (good + bad) / 2
 
     def retry(share: float) -> Selection | None:
-        made = _at(problem, options, share * most)
+        made = at_saving(problem, options, share * most)
         return None if made is None or not made.choices else finish(made)
 
     return _confirmed(problem, good, best, known, judge, unit, retry)
@@ -282,7 +282,8 @@ def _speed(problem: Problem, selection: Selection, seconds: float = _SECONDS) ->
     return benchmark(sessions, feeds, problem.runtime, problem.seed, seconds).ratios[1]
 
 
-def _at(problem: Problem, options: Sequence[Option], needed: float) -> Selection | None:
+def at_saving(problem: Problem, options: Sequence[Option], needed: float) -> Selection | None:
+    """The least damage that saves as much, carried out; None where nothing does."""
     allocation = allocate(options, needed)
     if allocation is None or not allocation.chosen:
         return None

@@ -277,6 +277,48 @@ def expected_timing(
     seed: int = 0,
     seconds: float = 5.0,
 ) -> Timing:
+    """The first model against each, in expectation over the kinds of input; see ``time_kinds``.
+
+    Returns:
+        ``median`` and ``quiet`` of each latency are expected ones; ``quiet`` is of lower quartiles, as the ratios are.
+    """
+    return time_kinds(sessions, kinds, shares, seed, seconds).against(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Paces:
+    """What runs of models took that were timed side by side.
+
+    Attributes:
+        table: (rounds, kinds, models) in ms.
+        shares: (kinds,) how often each kind of input comes.
+        seed: Of the intervals.
+    """
+
+    table: Array
+    shares: Array
+    seed: int
+
+    def against(self, reference: int) -> Timing:
+        """Expected latencies, and one of the models against each; see ``expected_timing``."""
+        quiet, middle, high = (np.percentile(self.table, q, axis=0).T @ self.shares for q in (25, 50, 75))
+        rounds = len(self.table)
+        draws = np.random.default_rng(self.seed).integers(0, rounds, (_RESAMPLES, rounds))
+        drawn = np.einsum("dks,k->ds", np.percentile(self.table[draws], 25, axis=1), self.shares)
+        spreads = np.percentile(drawn[:, reference, None] / drawn, [2.5, 97.5], axis=0)
+        places = range(self.table.shape[2])
+        ratios = (Ratio(float(quiet[reference] / quiet[i]), float(spreads[0, i]), float(spreads[1, i])) for i in places)
+        latencies = (Latency(float(middle[i]), float(high[i] - quiet[i]), rounds, float(quiet[i])) for i in places)
+        return Timing(tuple(latencies), tuple(ratios))
+
+
+def time_kinds(
+    sessions: Sequence[Any],
+    kinds: Sequence[Sequence[Mapping[str, Array]]],
+    shares: Sequence[float],
+    seed: int = 0,
+    seconds: float = 5.0,
+) -> Paces:
     """Time models whose work follows the input, side by side: each kind of input, weighted by its share.
 
     A mean over all runs would be a mean over whatever else the machine did: the lower quartile of each kind tells what
@@ -286,9 +328,6 @@ def expected_timing(
     Args:
         kinds: Inputs of each kind, the usual one first; an empty kind does not count.
         shares: How often each kind comes.
-
-    Returns:
-        ``median`` and ``quiet`` of each latency are expected ones; ``quiet`` is of lower quartiles, as the ratios are.
     """
     present = [(entries, share) for entries, share in zip(kinds, shares, strict=True) if entries and share > 0]
     weights = np.array([share for _, share in present])
@@ -310,15 +349,7 @@ def expected_timing(
                 sessions[place].run(outputs[place], feeds)
                 taken[kind, place] = 1000 * (time.perf_counter() - begin)
         rounds.append(taken)
-    table = np.array(rounds)  # (rounds, kinds, sessions)
-    quiet, middle, high = (np.percentile(table, q, axis=0).T @ weights for q in (25, 50, 75))
-    draws = rng.integers(0, len(table), (_RESAMPLES, len(table)))
-    drawn = np.einsum("dks,k->ds", np.percentile(table[draws], 25, axis=1), weights)
-    spreads = np.percentile(drawn[:, :1] / drawn, [2.5, 97.5], axis=0)
-    places = range(len(sessions))
-    ratios = [Ratio(float(quiet[0] / quiet[i]), float(spreads[0, i]), float(spreads[1, i])) for i in places]
-    latencies = [Latency(float(middle[i]), float(high[i] - quiet[i]), len(table), float(quiet[i])) for i in places]
-    return Timing(tuple(latencies), tuple(ratios))
+    return Paces(np.array(rounds), weights, seed)
 
 
 def _bound(session: Any, feeds: Mapping[str, Array], runtime: Runtime) -> Any:

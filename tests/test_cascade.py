@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import numpy as np
 import onnx
 import pytest
@@ -251,3 +255,66 @@ def test_too_few_samples_are_told() -> None:
         lowrank_onnx.compress(classifier(), keep_macs=0.5, agreement=0.99)
     with pytest.raises(LowRankError, match=r"in \(0, 1\), got 1.5"):
         lowrank_onnx.compress(classifier(), keep_macs=0.5, agreement=1.5, calibrate=samples())
+
+
+WIDE = 1024
+SCHEMA = json.loads((Path(lowrank_onnx.__file__).parent / "report" / "schema.json").read_text(encoding="utf-8"))
+
+
+def planted(rank: int, least: float, flat: float, hard: float) -> tuple[ModelProto, dict[str, np.ndarray]]:
+    """A wide layer of a rank, and beside it a flat spectrum that only a share of the samples ever touch.
+
+    Args:
+        rank: Of what the usual samples touch.
+        least: The last of its singular values, the first being 1.
+        flat: Size of the other singular values.
+        hard: Share of samples that touch only those.
+    """
+    rng = np.random.default_rng(5)
+    left, right = (np.linalg.qr(rng.standard_normal((WIDE, WIDE)))[0] for _ in range(2))
+    sigma = np.concatenate([np.geomspace(1, least, rank), np.full(WIDE - rank, flat)])
+    w = ((left * sigma) @ right).astype(np.float32)
+    v = rng.standard_normal((WIDE, 5)).astype(np.float32)
+    codes = rng.standard_normal((600, WIDE))
+    is_hard = rng.random(600) < hard
+    codes[np.ix_(~is_hard, np.arange(WIDE) >= rank)] = 0
+    codes[np.ix_(is_hard, np.arange(WIDE) < rank)] = 0
+    graph = f"g (float[n,{WIDE}] x) => (float[n,5] y) {{ t = MatMul(x, w) u = Relu(t) y = MatMul(u, v) }}"
+    return build(graph, {"w": w, "v": v}), {"x": (codes @ left.T).astype(np.float32)}
+
+
+def cascade_of(proto: ModelProto, data: dict[str, np.ndarray], keep_macs: float) -> dict[str, Any]:
+    """What the report tells of a cascade."""
+    made = lowrank_onnx.compress(
+        proto,
+        keep_macs=keep_macs,
+        agreement=0.97,
+        calibrate=data,
+        technique=("svd",),
+        refine=False,
+        threads=1,
+        cache=False,
+    )
+    told = made.report["cascade"]
+    jsonschema.validate(made.report, SCHEMA)
+    assert isinstance(told, dict)
+    return told
+
+
+def test_a_cascade_is_refused_where_a_static_model_of_its_agreement_is_as_fast() -> None:
+    """Of rank 64 all samples agree; a cheap level of less sends most of them on."""
+    with pytest.raises(TargetError) as refused:
+        cascade_of(*planted(64, 0.1, 0.0, 0.0), 0.07)
+    told = str(refused.value)
+    assert "the best cascade" in told and "but a model without one" in told, told
+    assert "agrees on 1.0000 of the same samples" in told
+    assert re.search(r"takes [\d.]+ ms: the cascade is 0\.\d+ times as fast as that \(", told)
+    assert re.search(r"use --(keep-macs|speedup) [\d.]+ without --agreement$", told)
+
+
+def test_a_cascade_that_beats_original_and_static_models_is_written() -> None:
+    """What the unusual samples need takes nearly full rank: no static model may save much."""
+    told = cascade_of(*planted(8, 1.0, 0.05, 0.08), 0.05)
+    assert 0.02 < told["escalated"] < 0.5 and told["static_tried"] == 10
+    assert told["expected_ms"] < told["original_ms"]
+    assert told["static"] is None or told["static"]["cascade_speedup_low"] > 1

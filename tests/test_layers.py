@@ -38,6 +38,7 @@ ORDER = """
     problem proposals
     latency building probes grids
     probe_cache refine budget forms waves crossovers felt
+    rivals
     search reporting cascading nesting leveling adaptive run spread maps judging
     posteriors
     report

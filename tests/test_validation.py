@@ -13,7 +13,7 @@ from lowrank_onnx.errors import MetricError, ModelError
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.metrics import Metric
 from lowrank_onnx.runtime import Runtime, input_specs, open_session
-from lowrank_onnx.validation import Collector, _latency, _ratios, benchmark, compare, expected_timing
+from lowrank_onnx.validation import Collector, _latency, _ratios, benchmark, compare, expected_timing, time_kinds
 from tests.builders import build
 
 RUNTIME = Runtime(threads=1)
@@ -156,3 +156,7 @@ def test_the_expected_time_is_that_of_a_model_behind_itself(monkeypatch: pytest.
     timing = expected_timing(sessions, kinds, [0.75, 0.25, 0.0], seconds=1.0)
     assert [latency.quiet for latency in timing.latencies] == pytest.approx([2, 1.5])
     assert [timing.ratios[1].low, timing.ratios[1].value, timing.ratios[1].high] == pytest.approx([4 / 3] * 3)
+    against = time_kinds(sessions, kinds, [0.75, 0.25, 0.0], seconds=1.0).against(1)
+    assert [ratio.value for ratio in against.ratios] == pytest.approx([3 / 4, 1])
+    assert [against.ratios[0].low, against.ratios[0].high] == pytest.approx([3 / 4] * 2)
+    assert [latency.quiet for latency in against.latencies] == pytest.approx([2, 1.5])
