@@ -517,7 +517,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:  # such as a name that is too long, wherever it is looked at first
-        what = f"'{error.filename}'" if error.filename else "a file"
+        what = f"'{error.filename}'" if error.filename else "a file, or standard output,"
         _fail(f"{what} cannot be used: {error.strerror or error}", 1)
     except MemoryError:
         _fail("out of memory; use fewer calibration samples, or a machine with more memory", 1)

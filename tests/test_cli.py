@@ -631,6 +631,14 @@ def test_letters_that_the_terminal_lacks(folder: Path, encoding: str) -> None:
         assert b"?" not in done.stdout.splitlines()[0]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_standard_output_that_is_full() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*CLI, "passes"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: a file, or standard output") and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_reader_that_goes_away(folder: Path) -> None:
     command = f"{' '.join(CLI)} passes | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
