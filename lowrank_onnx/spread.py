@@ -31,7 +31,9 @@ from lowrank_onnx.linalg import Array
 from lowrank_onnx.metrics import class_axis
 from lowrank_onnx.patches import Window, window
 from lowrank_onnx.problem import Problem, training_data
+from lowrank_onnx.recurrent_statistics import read_cell
 from lowrank_onnx.runtime import open_session, run
+from lowrank_onnx.sites.recurrent import has_lengths, operand
 from lowrank_onnx.statistics import Lookup, MomentSums, Progress, as_rows, expose, padding_mask, row_layout
 from lowrank_onnx.stddev import THROUGH, Growth, Loss, Reach, Spread, Tap, add_stddev, check_room
 from lowrank_onnx.weighing import LEAST, Rows, Seen, best_columns
@@ -48,6 +50,7 @@ _CONSTANT = 1e-9  # of a tensor's mean square; what varies less is rounding
 _LEAST_FACTOR = 0.1
 _DIRECTIONS = 1024  # of everything left out, together
 _CARRIED = 16
+_STEPS = 2  # the last ones of a recurrent cell; those before tell little more for what they cost
 _POSITIONS = 40_000  # of an output, over all samples
 _ELEMENTS = 1_000_000  # of it, where they are all held at once
 _BATCH = 16
@@ -162,7 +165,9 @@ class _Work:
                 if use.scope or use.input not in made or isinstance(layout, Lookup):
                     continue
                 self.layouts[use.input] = 1 if isinstance(layout, Window) else -2 if layout == "first" else -1
-        session = self._open(expose(self.proto, list(self.layouts)))
+        self.cells = [cell for cell in _cells(problem, selection) if {cell.inputs, cell.states} <= made]
+        states = [cell.states for cell in self.cells]
+        session = self._open(expose(self.proto, [*self.layouts, *states]))
         data = problem.calibrate
         assert data is not None
         self.together = can_batch(problem.session, data)
@@ -250,7 +255,7 @@ class _Work:
 
     def _carry(self, output: _Output, spread: Spread, moments: Mapping[Tap, Moments], data: Dataset) -> Spread:
         """Find the map from what was left out to the output."""
-        losses = self._losses(output, moments)
+        losses = [*self._losses(output, moments), *self._faded(output, data)]
         if not losses:
             return spread
         grown = Growth(self.proto)
@@ -305,6 +310,41 @@ class _Work:
             positions = () if aligned else tuple(range(2, tap.rank))
             found.append(Loss(seen, kernel, _convolution(site), positions))
         return found
+
+    def _faded(self, output: _Output, data: Dataset) -> list[Loss]:
+        """What cells left out in their last steps, of an output that has no positions itself."""
+        steps = [step for cell in self.cells for step in self._steps(cell)] if output.rank == 2 else []
+        if not steps:
+            return []
+        most = max(_DIRECTIONS // len(steps), 8)
+        found = []
+        for (tap, lost), entry in zip(steps, self._moments([tap for tap, _ in steps], data), strict=True):
+            if entry.gram.any() and lost.any():
+                spent = lost.T @ entry.gram @ lost
+                found.append(Loss(tap, lost @ _leading(spent, most), {}))
+        return found
+
+    def _steps(self, cell: _Cell) -> Iterator[tuple[Tap, Array]]:
+        """The last inputs of a cell and the states they met, each with what the weight of it lost (K, N)."""
+        own, before = self.single[cell.inputs], self.single[cell.states]
+        if own.dtype not in (np.float16, np.float32):
+            return
+        half = own.dtype == np.float16
+        time, samples, behind = (1, 0, 0) if cell.batch_first else (0, 1, 2)
+        where: list[int | None] = [samples, behind]
+        if self.pair is None:
+            where = [None, None]
+        elif any(
+            self.pair[name].shape != tuple(2 if axis == place else size for axis, size in enumerate(one.shape))
+            for name, one, place in ((cell.inputs, own, samples), (cell.states, before, behind))
+        ):
+            return
+        for d, reverse in enumerate(cell.reverse):
+            for back in range(_STEPS):
+                at, ahead = (back, back + 1) if reverse else (-1 - back, -2 - back)
+                yield Tap(cell.inputs, 3, 2, where[0], False, half, ((time, at),)), cell.lost[d, :, : own.shape[2]].T
+                picked = ((time, ahead), (2 if cell.batch_first else 1, d))
+                yield Tap(cell.states, 4, 3, where[1], False, half, picked), cell.lost[d, :, own.shape[2] :].T
 
     def _weigh(self, output: _Output, spread: Spread, held: Dataset) -> Spread:
         """Choose what counts how much, on the samples held out."""
@@ -417,6 +457,17 @@ class _Work:
         return open_session(proto, self.problem.runtime, self.problem.model.folder, what="the rewritten model")
 
 
+@dataclass(frozen=True, eq=False)
+class _Cell:
+    """A factorized cell: the tensors with its inputs and its states of every step, and what (D, N, I + H) lost."""
+
+    inputs: str
+    states: str
+    reverse: tuple[bool, ...]
+    batch_first: bool
+    lost: Array
+
+
 @dataclass
 class _Sums:
     """Second moments of rows with what they should tell."""
@@ -490,6 +541,22 @@ def _left_out(problem: Problem, selection: Selection) -> Iterator[tuple[Site, Ar
                 lost = site.weight.astype(np.float64) - np.asarray(dense.weight, np.float64)
                 if lost.any():
                     yield site, lost
+
+
+def _cells(problem: Problem, selection: Selection) -> Iterator[_Cell]:
+    """The cells that keep their states, where sequences end together."""
+    for choice in selection.choices:
+        entry = choice.proposal
+        site = entry.site
+        if site.kind != "recurrent" or len(site.uses) > 1 or site.uses[0].scope or has_lengths(site):
+            continue
+        factors = selection.built.factors[site.name]
+        dense = entry.technique.dense_equivalent(site, choice.candidate, factors)[site.name]
+        node = site.attributes[site.uses[0].node]
+        if dense.behind is None and node.output[0]:
+            cell = read_cell(site, node)
+            lost = site.weight.astype(np.float64) - np.asarray(dense.weight, np.float64)
+            yield _Cell(operand(node, 0), node.output[0], cell.reverse, cell.layout == 1, lost)
 
 
 def _convolution(site: Site) -> dict[str, Any]:

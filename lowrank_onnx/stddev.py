@@ -3,9 +3,10 @@
     v_j(x) = s_j² (c + Σ_l w_l q_l + u_l max(q_l - t_l, 0)) + (b + Σ_l x_l R_l B)_j²,   q_l = |(x_l - μ_l) F_l|²
 
 x_l is a tensor of the compressed model: at the position the output speaks of where both have the same positions,
-else its mean over the positions; the standard deviation is the root of v. The first sum grows where x_l is unlike
-the calibration data, in the metric of a Bayesian linear model's predictive variance. The second is what the weights
-left out, R_l = W_l - Ŵ_l, would have added, carried to the output by a linear map.
+else its mean over the positions, or what the last steps of a recurrent cell read; the standard deviation is the root
+of v. The first sum grows where x_l is unlike the calibration data, in the metric of a Bayesian linear model's
+predictive variance. The second is what the weights left out, R_l = W_l - Ŵ_l, would have added, carried to the output
+by a linear map.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ THROUGH = ("Softmax", "Sigmoid")
 """Operators behind which a variance is told from that of their input; Softmax along the elements j."""
 
 FIRST_OPSET = 8  # of Expand
+_FIRST_SLICE_BY_INPUTS, _FIRST_SUM_BY_INPUTS = 10, 13
 _FIRST_AXES_AS_INPUT = 18  # operator set in which ReduceMean takes its axes as an input
 
 
@@ -44,6 +46,7 @@ class Tap:
         samples: The axis of samples; None where a run holds one.
         aligned: Whether the other axes are those of the output; otherwise they are averaged.
         half: Whether it has to be cast to float32.
+        picked: Axes of which one place counts, with that place: not averaged, and zero where it does not exist.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Tap:
     samples: int | None
     aligned: bool
     half: bool = False
+    picked: tuple[tuple[int, int], ...] = ()
 
     @property
     def averaged(self) -> list[int]:
@@ -72,6 +76,8 @@ class Tap:
     def rows(self, value: Array) -> Array:
         """(..., K) as the graph makes it: channels last, positions averaged."""
         value = np.asarray(value, np.float32)
+        for axis, place in self.picked:
+            value = value[(slice(None),) * axis + (slice(place, place + 1 or None),)].sum(axis=axis, keepdims=True)
         if not self.averaged:
             return np.moveaxis(value, self.channels, -1)
         made = value.mean(axis=tuple(self.averaged))
@@ -310,8 +316,12 @@ class Growth:
         if tap in self._made:
             return self._made[tap]
         current = self._float(tap)
+        if tap.picked:
+            current = self._places(current, tap.picked)
         if tap.averaged:
-            current = self._mean(current, tap.averaged)
+            gone = [axis for axis, _ in tap.picked]
+            left = [axis - sum(other < axis for other in gone) for axis in tap.averaged if axis not in gone]
+            current = self._mean(current, left) if left else current
             if tap.samples is not None and tap.samples > tap.channels:
                 current = self._node("Transpose", [current], perm=[1, 0])
         elif tap.channels != tap.rank - 1:
@@ -319,6 +329,20 @@ class Growth:
             current = self._node("Transpose", [current], perm=[*order, tap.channels])
         self._made[tap] = current
         return current
+
+    def _places(self, source: str, picked: Sequence[tuple[int, int]]) -> str:
+        """One place of each of these axes, which go; zeros where an axis is too short, the sum over nothing."""
+        axes = [axis for axis, _ in picked]
+        starts = [place for _, place in picked]
+        ends = [place + 1 or np.iinfo(np.int64).max for place in starts]
+        if self.opset < _FIRST_SLICE_BY_INPUTS:
+            cut = self._node("Slice", [source], starts=starts, ends=ends, axes=axes)
+        else:
+            given = [self._constant(np.array(values, np.int64)) for values in (starts, ends, axes)]
+            cut = self._node("Slice", [source, *given])
+        if self.opset < _FIRST_SUM_BY_INPUTS:
+            return self._node("ReduceSum", [cut], axes=axes, keepdims=0)
+        return self._node("ReduceSum", [cut, self._constant(np.array(axes, np.int64))], keepdims=0)
 
     def _mean(self, source: str, axes: list[int]) -> str:
         if self.opset < _FIRST_AXES_AS_INPUT:

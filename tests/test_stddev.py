@@ -95,6 +95,29 @@ def test_time_first_and_an_answer_without_positions() -> None:
     check(proto, spread, {"x": x}, 0.1 + counted(entry, x.mean(axis=0)))
 
 
+@pytest.mark.parametrize("opset", [8, 11, 13, 18])
+@pytest.mark.parametrize("samples", [0, 2, None])
+def test_single_steps_of_a_cell(opset: int, samples: int | None) -> None:
+    sizes = {0: "n,t,2,6", 2: "t,2,n,6", None: "t,2,1,6"}[samples]
+    time, ways = (1, 2) if samples == 0 else (0, 1)
+    text = f"g (float[{sizes}] h, float[n,4] y0) => (float[n,4] y) {{ y = Identity(y0) }}"
+    proto = build(text, {}, opset=opset)
+    rng = np.random.default_rng(1)
+    kernel, carry = rng.standard_normal((6, 2)), rng.standard_normal((2, 4))
+    count = 1 if samples is None else 3
+    for length in (1, 2, 5):
+        shape = (count, length, 2, 6) if samples == 0 else (length, 2, count, 6)
+        feeds = {"h": rng.standard_normal(shape).astype(np.float32), "y0": np.zeros((count, 4), np.float32)}
+        for place in (-1, -2, 0, 1):
+            tap = Tap("h", 4, 3, samples, False, picked=((time, place), (ways, 1)))
+            there = -length <= place < length
+            along = np.moveaxis(feeds["h"], (time, ways), (0, 1))
+            rows = along[place, 1] if there else np.zeros((count, 6))
+            assert np.array_equal(np.atleast_2d(tap.rows(feeds["h"])), rows)
+            spread = Spread("y", 2, 1, False, 0.3, np.ones(4), (), (Loss(tap, kernel, {}),), carry, np.ones(4))
+            check(proto, spread, feeds, 0.3 + (rows @ kernel @ carry + 1) ** 2)
+
+
 @pytest.mark.parametrize("aligned", [True, False])
 def test_maps_and_a_convolution(aligned: bool) -> None:
     text = "g (float[n,3,h,w] x) => (float[n,2,h,w] y) { y = Conv <pads=[1,1,1,1]> (x, k) }"
@@ -196,7 +219,7 @@ def test_other_networks(models: Path, kind: str) -> None:
         cache=False,
     )
     figures = result.report["uncertainty"]["outputs"][0]["evaluate"]
-    assert figures["rank_correlation"] > 0.35 and 0.9 < figures["within_two"] < 0.98
+    assert figures["rank_correlation"] > 0.5 and 0.9 < figures["within_two"] < 0.98
     # Sequences of noise are far from any digit: the real deviation is many times the usual one.
     noise = np.random.default_rng(0).uniform(0, 1, evaluate[name].shape) * evaluate[name].max()
     original, session = open_session(onnx.load(path), RUNTIME), open_session(result.model, RUNTIME)
