@@ -201,6 +201,7 @@ def test_predicted_deviation_tells_the_real_one(emitted: Emitted) -> None:
     jsonschema.validate(result.report, SCHEMA)
     (row,) = result.report["uncertainty"]["outputs"]
     figures = row["evaluate"]
+    assert figures["rank_correlation_elements"] > (0.3 if kind == "gru" else 0.15)
     assert figures["rank_correlation"] > 0.5 and 0.9 < figures["within_two"] < 0.98
     assert figures["predicted"] == pytest.approx(figures["deviation"], rel=0.2)
     assert result.report["ratio"]["macs"] <= 0.6  # what is added is part of the budget
