@@ -201,7 +201,6 @@ def test_predicted_deviation_tells_the_real_one(emitted: Emitted) -> None:
     jsonschema.validate(result.report, SCHEMA)
     (row,) = result.report["uncertainty"]["outputs"]
     figures = row["evaluate"]
-    assert figures["rank_correlation_elements"] > (0.3 if kind == "gru" else 0.15)
     assert figures["rank_correlation"] > 0.5 and 0.9 < figures["within_two"] < 0.98
     assert figures["predicted"] == pytest.approx(figures["deviation"], rel=0.2)
     assert result.report["ratio"]["macs"] <= 0.6  # what is added is part of the budget
@@ -220,6 +219,7 @@ def test_other_networks(models: Path, kind: str) -> None:
         cache=False,
     )
     figures = result.report["uncertainty"]["outputs"][0]["evaluate"]
+    assert figures["rank_correlation_elements"] > (0.3 if kind == "gru" else 0.15)
     assert figures["rank_correlation"] > 0.5 and 0.9 < figures["within_two"] < 0.98
     # Sequences of noise are far from any digit: the real deviation is many times the usual one.
     noise = np.random.default_rng(0).uniform(0, 1, evaluate[name].shape) * evaluate[name].max()
