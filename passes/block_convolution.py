@@ -32,6 +32,7 @@ from lowrank_onnx.decompositions.output_metric import Felt, layer_output
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.passes.channel import Channel
 from lowrank_onnx.passes.convolution import ConvolutionPass, Form, Layer, Target, channel_step
+from lowrank_onnx.passes.spatial import WIDE
 
 _OUTPUTS, _INPUTS = 0, 1  # axes of a weight
 SIDES = {"rows": (_INPUTS,), "columns": (_OUTPUTS,), "auto": (_OUTPUTS, _INPUTS)}
@@ -88,7 +89,9 @@ class BlockConvolution(ConvolutionPass):
         """See ConvolutionPass.forms."""
         if math.prod(shape[2:]) == 1:
             return []
-        orders = {"auto": (0, 1), "yes": (1,), "no": (0,)}[self.order]
+        # Clustering takes minutes where patches are wide, and seldom lowers the error by a tenth.
+        both = (0, 1) if math.prod(shape[1:]) <= WIDE else (0,)
+        orders = {"auto": both, "yes": (1,), "no": (0,)}[self.order]
         return [
             (axis, groups, order)
             for axis in SIDES[self.form]
@@ -105,7 +108,8 @@ class BlockConvolution(ConvolutionPass):
             return [groups for groups in fit if groups == self.groups]
         # Narrower groups leave the fast kernels: 64 channels in 8 groups take 1.5 times as long as in 4.
         block = channel_step(shape[0], shape[1])
-        return [groups for groups in fit if groups == 2 or shape[axis] // groups >= block]
+        most = max(_GROUPS) if math.prod(shape[1:]) <= WIDE else 4  # every group of outputs takes sweeps of its own
+        return [groups for groups in fit if groups == 2 or (groups <= most and shape[axis] // groups >= block)]
 
     def structure(self, shape: Sequence[int], form: Form, ranks: tuple[int, ...]) -> tuple[Link, ...]:
         """See ConvolutionPass.structure."""
@@ -135,7 +139,8 @@ class BlockConvolution(ConvolutionPass):
             if target.start is not None:
                 first, second = target.start
                 start = GroupedConvolution(first.reshape(groups, rank, -1), second.reshape(outputs, groups, rank))
-            made = grouped_convolution(_aim(target, groups), rank, self.sweeps, start)
+            sweeps = self.sweeps if len(target.gram) <= WIDE else min(self.sweeps, 2)
+            made = grouped_convolution(_aim(target, groups), rank, sweeps, start)
         one = [1] * len(kernel)
         return (
             made.first.reshape(groups * rank, inputs // groups, *kernel),

@@ -17,7 +17,7 @@ from lowrank_onnx.decompositions.separable import Separable, separable, separabl
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.passes.convolution import ConvolutionPass, Form, Target, output_basis
 
-_WIDE = 1536  # numbers of a patch; beyond, a sweep takes seconds and the first ones do nearly all
+WIDE = 1536  # numbers of a patch; beyond, a sweep takes seconds and the first ones do nearly all
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Spatial(ConvolutionPass):
             rank,
             target.gram,
             form,
-            sweeps=self.sweeps if len(target.gram) <= _WIDE else min(self.sweeps, 2),
+            sweeps=self.sweeps if len(target.gram) <= WIDE else min(self.sweeps, 2),
             ridge=target.ridge,
             cross=target.cross,
             energy=target.energy,

@@ -475,3 +475,6 @@ def test_groups_that_leave_the_fast_kernels_are_taken_by_name_only() -> None:
     assert groups(BlockConvolution(), 64, 64, 3, 3) == {0: {2, 4}, 1: {2, 4}}
     assert groups(BlockConvolution(), 16, 128, 3, 3) == {0: {2}, 1: {2, 4, 8}}
     assert groups(BlockConvolution(groups=8), 64, 64, 3, 3) == {0: {8}, 1: {8}}
+    assert groups(BlockConvolution(), 256, 256, 3, 3) == {0: {2, 4}, 1: {2, 4}}, "eight groups take minutes"
+    assert all(order == 0 for _, _, order in BlockConvolution().forms((256, 256, 3, 3)))
+    assert {order for _, _, order in BlockConvolution(order="yes", form="rows").forms((256, 256, 3, 3))} == {1}
