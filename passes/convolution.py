@@ -451,7 +451,10 @@ def refit_last(target: Target, chain: Sequence[Array]) -> tuple[Array, ...]:
     output = layer_output(target.weight, target.gram, target.cross, target.energy)
     wanted, metric = output.regularised(target.ridge)
     *earlier, last = chain
-    blocks = [link[:, None] if link.shape[1] == 1 and place else link[None] for place, link in enumerate(earlier)]
+    given = [earlier[0].shape[1], *map(len, earlier)]
+    blocks = [
+        link[None] if link.shape[1] == before else link[:, None] for before, link in zip(given, earlier, strict=False)
+    ]
     filters = multiply_out(blocks)[0].reshape(last.shape[1], -1).T  # (F, r)
     mapped = metric @ filters
     gram = filters.T @ mapped
