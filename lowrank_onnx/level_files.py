@@ -10,7 +10,8 @@ it, which onnxruntime folds when it loads the file. Storing such factors transpo
 rows too, but takes as long to load and as much memory then, and makes the highest level transpose them back.
 
 What a smaller level shares with none, a layer that is dense above or has another form there, is stored in a byte a
-number and folded as well (see ``coding``). The highest level has every weight as it is.
+number and folded as well (see ``coding``), and where that still takes too much room, in less (see ``packing``). The
+highest level has every weight as it is.
 
 In the smaller levels only inputs, outputs and nodes keep their names: half of what such a file takes is the others.
 """
@@ -19,15 +20,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from lowrank_onnx import coding, packing
 from lowrank_onnx.coding import CODED, Code, decode, encode
 from lowrank_onnx.composing import take_prefix
 from lowrank_onnx.errors import ModelError
@@ -45,13 +47,18 @@ from lowrank_onnx.model import (
     external_location,
     levels_beside,
     load,
+    saved_size,
     serialize,
     stored_tensors,
+    subgraphs,
     uses_external_data,
     write_files,
 )
 from lowrank_onnx.runtime import Runtime, open_session
 from lowrank_onnx.short_names import shorten_names
+
+LARGER = 1.15
+"""How many times as large as their highest level a set of levels should be at most."""
 
 _FIRST_SLICE = 10  # operator set in which Slice takes its ends as inputs, as ``take_prefix`` writes it
 _ALIGNED = 64  # bytes, so that a runtime may map a weight
@@ -93,10 +100,12 @@ def save_levels(models: Sequence[ModelProto], out: Path, folder: Path | None, ov
     ]
     check_data_file(data, sources, overwrite)
     paths = level_paths(out, len(models))
-    store = _Store(data.name, folder)
-    packed = [store.take_in(model) for model in reversed(models)][::-1]
     smaller = json.dumps([path.name for path in paths[:-1]])
-    packed[-1].metadata_props.add(key=SMALLER_KEY, value=smaller)
+    store, packed = _stored(models, _Store(data.name, folder), smaller)
+    if _bytes(store, packed) > LARGER * saved_size(models[-1]):
+        narrow = _stored(models, _Store(data.name, folder, _free_prefix(models)), smaller)
+        if _bytes(*narrow) < _bytes(store, packed):
+            store, packed = narrow
     left = set(levels_beside(out)) - set(paths)  # of a set with more levels, whose weights are replaced now
     write_files(
         [
@@ -139,13 +148,56 @@ def _open_file(path: Path, runtime: Runtime) -> Any:
     return open_session(model.original, runtime, model.folder, what=f"level '{path}'")
 
 
+def _stored(models: Sequence[ModelProto], store: _Store, smaller: str) -> tuple[_Store, list[ModelProto]]:
+    """The store with all levels in it, and the levels that refer to it."""
+    packed = [store.take_in(model) for model in reversed(models)][::-1]
+    packed[-1].metadata_props.add(key=SMALLER_KEY, value=smaller)
+    return store, packed
+
+
+def _bytes(store: _Store, packed: Iterable[ModelProto]) -> int:
+    return store.size + sum(model.ByteSize() for model in packed)
+
+
+def _free_prefix(models: Iterable[ModelProto]) -> str:
+    """A short beginning that no tensor's name has."""
+    names = {name for model in models for name in _names(model.graph)}
+    prefix = "q"
+    while any(name.startswith(prefix) for name in names):
+        prefix += "q"
+    return prefix
+
+
+def _names(graph: GraphProto) -> Iterable[str]:
+    for named in (*graph.input, *graph.initializer):
+        yield named.name
+    for node in graph.node:
+        yield from node.output
+        for _, inner in subgraphs(node):
+            yield from _names(inner)
+
+
 @dataclass(frozen=True, eq=False)
 class _Stored:
-    """Where a tensor begins and how many bytes it takes; its scale where it is coded."""
+    """Where a tensor begins and how many bytes it takes; its scale where it is coded.
+
+    Attributes:
+        part: Where it is packed with others: in which pack, and at which place.
+    """
 
     start: int
     length: int
     scale: Array | None
+    part: tuple[int, int] | None = None
+
+
+@dataclass(eq=False)
+class _Pack:
+    """The numbers that one level stores for itself, and where they lie once all are known."""
+
+    numbers: list[Array] = field(default_factory=list)
+    start: int = 0
+    length: int = 0
 
 
 class _Store:
@@ -154,10 +206,13 @@ class _Store:
     Args:
         location: Name of the file.
         folder: Where external data of the models lie now.
+        prefix: How the names of what is packed begin; "" stores a byte a number.
     """
 
-    def __init__(self, location: str, folder: Path | None) -> None:
-        self._location, self._folder = location, folder
+    def __init__(self, location: str, folder: Path | None, prefix: str = "") -> None:
+        self._location, self._folder, self._prefix = location, folder, prefix
+        self._packs: list[_Pack] = []  # one a level
+        self._used: set[int] = set()  # those the level being taken in refers to
         self._contents: list[Array] = []  # in the order of the file
         self._end = 0  # bytes
         self._known: dict[object, int] = {}  # what tells equal contents, and where they begin
@@ -180,11 +235,13 @@ class _Store:
         replaceable = {value.name for value in model.graph.input}  # by a caller: no node may make them
         made: list[NodeProto] = []
         highest, self._has_highest = not self._has_highest, True
+        self._packs.append(_Pack())
+        self._used.clear()
         for tensor in list(copy.graph.initializer):
             if not uses_external_data(tensor):
                 may_make = opset >= _FIRST_SLICE and tensor.name not in replaceable
                 made += self._take_tensor(copy.graph, tensor, may_make, highest)
-        nodes = [*made, *copy.graph.node]
+        nodes = [*self._unpacked(copy.graph, opset), *made, *copy.graph.node]
         del copy.graph.node[:]
         copy.graph.node.extend(nodes)
         if not highest:
@@ -220,7 +277,8 @@ class _Store:
                 return [*self._refer_to(graph, tensor, stored), *take_prefix(f"{name}/whole", name, value.shape)]
         key = hashlib.sha256(str((tensor.data_type, value.shape)).encode() + value.tobytes()).digest()
         if key not in self._alike or (not may_make and self._alike[key].scale is not None):
-            code = encode(value) if may_make and not highest and tensor.data_type in CODED else None
+            may_code = may_make and not highest and tensor.data_type in CODED
+            code = encode(value, packing.LARGEST if self._prefix else coding.LARGEST) if may_code else None
             self._alike[key] = self._store(value, code)
         self._named.setdefault(name, []).append((value, self._alike[key]))
         return self._refer_to(graph, tensor, self._alike[key])
@@ -228,6 +286,10 @@ class _Store:
     def _store(self, value: Array, code: Code | None) -> _Stored:
         if code is None:
             return _Stored(self._add(value, hashlib.sha256(value.tobytes()).digest()), value.nbytes, None)
+        if self._prefix:
+            pack = self._packs[-1]
+            pack.numbers.append(code.numbers)
+            return _Stored(0, 0, code.scale, (len(self._packs) - 1, len(pack.numbers) - 1))
         key = hashlib.sha256(code.numbers.tobytes()).digest()
         return _Stored(self._add(code.numbers, key), code.numbers.nbytes, code.scale)
 
@@ -237,10 +299,57 @@ class _Store:
             self._refer(tensor, stored.start, stored.length)
             return []
         target, data_type = tensor.name, tensor.data_type
+        if stored.part is not None:
+            return self._refer_to_part(graph, tensor, stored.scale, *stored.part)
         tensor.name, tensor.data_type = f"{target}/numbers", TensorProto.INT8
         self._refer(tensor, stored.start, stored.length)
         graph.initializer.append(numpy_helper.from_array(stored.scale, f"{target}/scale"))
         return list(decode(tensor.name, f"{target}/scale", target, data_type))
+
+    def _refer_to_part(
+        self, graph: GraphProto, tensor: TensorProto, scale: Array, pack: int, place: int
+    ) -> list[NodeProto]:
+        """Let a tensor be made of its part of a pack; return the nodes that make it."""
+        self._used.add(pack)
+        target, data_type, shape = tensor.name, tensor.data_type, list(tensor.dims)
+        flat = packing.part(self._pack_name(pack), place)
+        graph.initializer.remove(tensor)
+        sizes = f"{self._prefix}{'x'.join(map(str, shape))}"
+        if all(known.name != sizes for known in graph.initializer):
+            graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), sizes))
+        graph.initializer.append(numpy_helper.from_array(scale, f"{flat}s"))
+        whole = f"{flat}n"
+        return [
+            helper.make_node("Reshape", [flat, sizes], [whole]),
+            *decode(whole, f"{flat}s", target, data_type, wide=True),
+        ]
+
+    def _unpacked(self, graph: GraphProto, opset: int) -> list[NodeProto]:
+        """Store what the level packed, and return the nodes that take apart all it refers to."""
+        latest = self._packs[-1]
+        if latest.numbers:
+            content = packing.pack(latest.numbers)
+            latest.start, latest.length = self._add(content, latest), content.nbytes
+        if self._used:
+            graph.initializer.extend(packing.constants(self._prefix))
+        nodes: list[NodeProto] = []
+        for place in sorted(self._used):
+            pack, name = self._packs[place], self._pack_name(place)
+            tensor = TensorProto(name=name, data_type=TensorProto.INT64, dims=[pack.length // 8, 1])
+            self._refer(tensor, pack.start, pack.length)
+            graph.initializer.append(tensor)
+            made, constants = packing.unpack(name, [entry.size for entry in pack.numbers], self._prefix, opset)
+            nodes += made
+            graph.initializer.extend(constants)
+        return nodes
+
+    def _pack_name(self, pack: int) -> str:
+        return f"{self._prefix}{pack}"
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._end
 
     def _add(self, content: Array, key: object) -> int:
         """Store a content, equal ones once; return where it begins."""

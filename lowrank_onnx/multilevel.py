@@ -16,11 +16,11 @@ from lowrank_onnx.cascading import find_cascade, hold_out
 from lowrank_onnx.deciding import Planned, Prepared, decide, frontiers, offers, prepare, probed, refined
 from lowrank_onnx.errors import ModelError, TargetError
 from lowrank_onnx.finishing import Result, finish
-from lowrank_onnx.level_files import level_openers, level_paths, save_levels
+from lowrank_onnx.level_files import LARGER, level_openers, level_paths, save_levels
 from lowrank_onnx.leveling import STATIC, against_static, level_rows
 from lowrank_onnx.levels import build_levels
 from lowrank_onnx.model import Model, data_file, load, parameter_count, saved_size
-from lowrank_onnx.nesting import LARGER, nested_levels
+from lowrank_onnx.nesting import nested_levels
 from lowrank_onnx.rivals import Frontier
 from lowrank_onnx.run import Run
 from lowrank_onnx.runtime import open_session

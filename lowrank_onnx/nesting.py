@@ -21,6 +21,7 @@ from lowrank_onnx.base import Candidate, Counts, Factors, Moments, Site
 from lowrank_onnx.budget import Damage, Selection, amount, meet_budget, saving, with_factors
 from lowrank_onnx.building import Choice
 from lowrank_onnx.errors import LowRankError
+from lowrank_onnx.level_files import LARGER
 from lowrank_onnx.levels import is_leading
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.patches import as_linear
@@ -28,9 +29,6 @@ from lowrank_onnx.problem import Problem
 from lowrank_onnx.proposals import Proposal
 
 Statistics = Mapping[str, Mapping[str, Moments | Counts]]
-
-LARGER = 1.15
-"""How many times as large as their highest level a set of levels should be at most."""
 
 _SPENT = 0.9
 """Of what a level costs, how much one made of the layers of two others has to cost: few layers come in large steps."""

@@ -30,7 +30,7 @@ ORDER = """
     block_chains conv_chains head_chains recurrent_chains
     statistics stream rewrite kept composing short_names
     cascade levels stddev
-    coding
+    coding packing
     level_files
     allocation target plans weighing
     validation memory
