@@ -10,8 +10,8 @@ it, which onnxruntime folds when it loads the file. Storing such factors transpo
 rows too, but takes as long to load and as much memory then, and makes the highest level transpose them back.
 
 What a smaller level shares with none, a layer that is dense above or has another form there, is stored in a byte a
-number and folded as well (see ``coding``), and where that still takes too much room, in less (see ``packing``). The
-highest level has every weight as it is.
+number and folded as well (see ``coding``); where that takes too much room, and less does not, in less (see
+``packing``). The highest level has every weight as it is.
 
 In the smaller levels only inputs, outputs and nodes keep their names: half of what such a file takes is the others.
 """
@@ -102,9 +102,11 @@ def save_levels(models: Sequence[ModelProto], out: Path, folder: Path | None, ov
     paths = level_paths(out, len(models))
     smaller = json.dumps([path.name for path in paths[:-1]])
     store, packed = _stored(models, _Store(data.name, folder), smaller)
-    if _bytes(store, packed) > LARGER * saved_size(models[-1]):
+    allowed = LARGER * saved_size(models[-1])
+    if _bytes(store, packed) > allowed:
         narrow = _stored(models, _Store(data.name, folder, _free_prefix(models)), smaller)
-        if _bytes(*narrow) < _bytes(store, packed):
+        # Where even that is too large, what it loses buys nothing.
+        if _bytes(*narrow) <= allowed:
             store, packed = narrow
     left = set(levels_beside(out)) - set(paths)  # of a set with more levels, whose weights are replaced now
     write_files(
@@ -156,7 +158,7 @@ def _stored(models: Sequence[ModelProto], store: _Store, smaller: str) -> tuple[
 
 
 def _bytes(store: _Store, packed: Iterable[ModelProto]) -> int:
-    return store.size + sum(model.ByteSize() for model in packed)
+    return store.size + sum(int(model.ByteSize()) for model in packed)
 
 
 def _free_prefix(models: Iterable[ModelProto]) -> str:

@@ -16,12 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lowrank_onnx
+from lowrank_onnx import level_files
 from lowrank_onnx.cli import cli
 from lowrank_onnx.errors import LowRankError, ModelError
 from lowrank_onnx.level_files import level_openers, level_paths, save_levels
 from lowrank_onnx.levels import is_leading
 from lowrank_onnx.linalg import Array
-from lowrank_onnx.model import SMALLER_KEY, data_file, from_proto, load, save, write_files
+from lowrank_onnx.model import SMALLER_KEY, data_file, from_proto, load, save, saved_size, write_files
 from lowrank_onnx.runtime import Runtime
 from tests.builders import answers, build, falling, furthest
 
@@ -112,6 +113,30 @@ def test_what_is_no_prefix_is_stored_beside(own: tuple[int, ...], name: str, tmp
     save_levels([at_rank(rank) for rank in RANKS], tmp_path / "n.onnx", None)
     more = data_file(out).stat().st_size - data_file(tmp_path / "n.onnx").stat().st_size
     assert more == cut(other, max(coded)).size
+
+
+@pytest.mark.parametrize(("larger", "packed"), [(1.35, True), (1.0, False), (9.0, False)])
+def test_less_than_a_byte_a_number_where_that_is_what_it_takes(
+    larger: float, packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both smaller levels have factors of their own: 1.37 times as large in bytes, 1.32 packed."""
+    monkeypatch.setattr(level_files, "LARGER", larger)
+    models = [at_rank(40), at_rank(44), at_rank(48)]
+    rng = np.random.default_rng(3)
+    for level, rank in ((0, 40), (1, 44)):
+        for name, shape in (("first", (64, rank)), ("second", (rank, 80)), ("core", (rank, rank))):
+            _put(models[level], name, rng.standard_normal(shape).astype(np.float32) / 8)
+    out = tmp_path / "m.onnx"
+    save_levels(models, out, None)
+    kinds = {tensor.data_type for tensor in onnx.load(level_paths(out, 3)[0]).graph.initializer}
+    assert (onnx.TensorProto.INT8 in kinds) != packed
+    for path, model in zip(level_paths(out, 3), models, strict=True):
+        onnx.checker.check_model(str(path), full_check=True)
+        found, wanted = answers_of(path)["y"], answers(model, samples())["y"]
+        apart = np.linalg.norm(found - wanted) / np.linalg.norm(wanted - wanted.mean(0))
+        assert apart == 0 if path == out else (0.02 if packed else 0.004) < apart < (0.08 if packed else 0.02)
+    size = sum(path.stat().st_size for path in (*level_paths(out, 3), data_file(out)))
+    assert (size <= 1.35 * saved_size(models[-1])) == packed
 
 
 def _put(model: onnx.ModelProto, name: str, value: Array) -> None:
