@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,7 @@ import joblib
 from lowrank_onnx.errors import LowRankError
 from lowrank_onnx.version import __version__
 
-_PATIENCE = "15s"  # to reach a scheduler
+_PATIENCE = 15.0  # seconds, to reach a scheduler
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,21 @@ HERE = Workers()
 def _cluster(address: str) -> Iterator[Any]:
     try:
         from distributed import Client
-        from distributed.comm.core import CommClosedError
+        from distributed.comm.core import CommClosedError, connect
         from distributed.scheduler import KilledWorker
     except ImportError as error:
         raise LowRankError(
             f"--scheduler {address} needs the package distributed; install lowrank-onnx[cluster]"
         ) from error
+
+    async def greet() -> None:
+        await (await connect(address, timeout=_PATIENCE)).close()  # type: ignore[no-untyped-call]
+
     try:
+        # A client that finds nobody leaves its thread behind, which can stop the next client from starting. The loop
+        # has a thread of its own, since that of a notebook runs already.
+        with ThreadPoolExecutor(1) as alone:
+            alone.submit(asyncio.run, greet()).result()
         client = Client(address, timeout=_PATIENCE, set_as_default=True)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -293,11 +293,11 @@ def test_the_whole_way(models: Path, tmp_path: Path) -> None:
     arguments += ["--calibrate", str(folder / "calibrate.npz"), "--threads", "1", "--no-cache", "--json", str(told)]
     answer = CliRunner().invoke(cli, arguments)
     assert answer.exit_code == 0, answer.output
-    assert answer.output.splitlines()[-2:] == [f"wrote {out}", f"wrote {tmp_path / 'm.level_0.onnx'}"]
+    files = [out, tmp_path / "m.level_0.onnx", data_file(out)]
+    assert answer.output.splitlines()[-3:] == [f"wrote {file}" for file in files]
     report = json.loads(told.read_text())
     forms = {entry["form"]: entry for entry in report["level_forms"]}
     assert forms["files"]["chosen"] and not forms["switch"]["chosen"]
-    files = [out, tmp_path / "m.level_0.onnx", data_file(out)]
     # Every tensor names the file of weights, whose name is another where the files were measured.
     assert forms["files"]["size_bytes"] == pytest.approx(sum(file.stat().st_size for file in files), rel=1e-3)
     assert (

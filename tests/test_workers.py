@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,9 +58,11 @@ def _process() -> int:
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense://a", "127.0.0.1"])
 def test_a_scheduler_that_is_not_there(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "_PATIENCE", "2s")
+    monkeypatch.setattr(workers, "_PATIENCE", 2.0)
+    before = threading.active_count()
     with pytest.raises(LowRankError, match=f"--scheduler {address} cannot be reached .*expected a running Dask"):
         compress(two_layers(), rank=4, scheduler=address)
+    assert threading.active_count() <= before, "a thread is left behind"
 
 
 def test_workers_of_another_version(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
