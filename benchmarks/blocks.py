@@ -3,7 +3,7 @@
     python benchmarks/blocks.py --hidden 4096 --feedforward 11008 --layers 4 --tokens 2048 --dtype float16 model.onnx
 
 Pre-norm blocks of a decoder: causal attention of 128 numbers a head, gated feed-forward with SiLU. The weights lie
-beside the model.
+beside the model; with --samples N so do N random inputs as calibrate.npz and half as many as evaluate.npz.
 """
 
 from __future__ import annotations
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     for name, default in (("hidden", 4096), ("feedforward", 11008), ("layers", 4), ("tokens", 2048)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--samples", type=int, default=0)
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     options = parser.parse_args()
     with gpu_algebra(True):
@@ -120,6 +121,13 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     place = options.out.with_suffix(".data").name
     onnx.save_model(model, options.out, save_as_external_data=True, location=place, size_threshold=1024)
+    rng = np.random.default_rng(1)
+    for name, count in (("calibrate", options.samples), ("evaluate", options.samples // 2)):
+        if count:
+            shape = (count, options.tokens, options.hidden)
+            np.savez(
+                options.out.with_name(f"{name}.npz"), x=rng.standard_normal(shape, np.float32).astype(options.dtype)
+            )
 
 
 if __name__ == "__main__":
