@@ -5,19 +5,16 @@ Not in use unless asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish, Replacement, Site
-from lowrank_onnx.linalg import Array
+from lowrank_onnx.base import Pass, Site
 from lowrank_onnx.passes.block_convolution import SIDES, BlockConvolution
 from lowrank_onnx.passes.block_linear import BlockLinear
-from lowrank_onnx.passes.convolution import Layer
+from lowrank_onnx.passes.by_kind import ByKind
 
 
 @dataclass(frozen=True)
-class Block(Pass):
+class Block(ByKind):
     """Blocks with directions of their own: of a matrix, or of the channels of a convolution, clustered if that helps.
 
     Options:
@@ -53,59 +50,12 @@ class Block(Pass):
     def _convolution(self) -> BlockConvolution:
         return BlockConvolution(self.multiple, self.ridge, form=self.form, groups=self.groups, order=self.order)
 
-    def _of(self, site: Site) -> Pass:
+    def of(self, site: Site) -> Pass:
+        """See ByKind.of."""
         return self._convolution() if site.kind == "convolution" else self._linear()
 
     def refuse(self, site: Site) -> str | None:
         """See Pass.refuse."""
         if site.kind == "convolution" and self.form not in SIDES:
             return f"form '{self.form}' is for matrices only"
-        return self._of(site).refuse(site)
-
-    def analyse(self, site: Site, moments: Mapping[str, Any] | None) -> Any:
-        """See Pass.analyse."""
-        return self._of(site).analyse(site, moments)
-
-    def ranks(self, site: Site, analysis: Any) -> Sequence[tuple[int, ...]]:
-        """See Pass.ranks."""
-        return self._of(site).ranks(site, analysis)
-
-    def candidate(self, site: Site, analysis: Any, ranks: tuple[int, ...]) -> Candidate:
-        """See Pass.candidate."""
-        return self._of(site).candidate(site, analysis, ranks)
-
-    def factorize(self, site: Site, analysis: Any, candidate: Candidate) -> Factors:
-        """See Pass.factorize."""
-        return self._of(site).factorize(site, analysis, candidate)
-
-    def emit(self, site: Site, candidate: Candidate, factors: Factors) -> Sequence[Replacement]:
-        """See Pass.emit."""
-        return self._of(site).emit(site, candidate, factors)
-
-    def spell_rank(self, site: Site, analysis: Any, wish: RankWish) -> tuple[int, ...] | str:
-        """See Pass.spell_rank."""
-        return self._of(site).spell_rank(site, analysis, wish)
-
-    def check_ranks(self, site: Site, ranks: tuple[int, ...]) -> str | None:
-        """See Pass.check_ranks."""
-        return self._of(site).check_ranks(site, ranks)
-
-    def targets(self, site: Site) -> tuple[Site, ...]:
-        """See Pass.targets."""
-        return self._of(site).targets(site)
-
-    def refit(self, site: Site, candidate: Candidate, factors: Factors, moments: Moments, ridge: float) -> Factors:
-        """See Pass.refit."""
-        return self._of(site).refit(site, candidate, factors, moments, ridge)
-
-    def felt(self, analysis: Any) -> Array | None:
-        """See Pass.felt."""
-        return analysis.felt if isinstance(analysis, Layer) else None
-
-    def effective(self, site: Site, candidate: Candidate, factors: Factors) -> tuple[Array, Array | None]:
-        """See Pass.effective."""
-        return self._of(site).effective(site, candidate, factors)
-
-    def dense_equivalent(self, site: Site, candidate: Candidate, factors: Factors) -> Mapping[str, Dense]:
-        """See Pass.dense_equivalent."""
-        return self._of(site).dense_equivalent(site, candidate, factors)
+        return super().refuse(site)
