@@ -42,11 +42,6 @@ class Metric:
     function: Function
     higher_is_better: bool = True
 
-    @property
-    def lower_is_better(self) -> bool:
-        """True for costs."""
-        return not self.higher_is_better
-
     def score(self, outputs: Outputs, data: Mapping[str, Array]) -> float:
         """Return the raw figure; a cost keeps its sign.
 

@@ -43,7 +43,6 @@ class LayerPosterior:
         posterior: Of the (k, N) factor; the noise is that of held-out samples.
         residual: Root mean square of t - ŷ over that of t around its mean, on held-out samples.
         fitted: The same on the samples the factors were fitted to.
-        held_rows: Rows of the held-out samples.
     """
 
     site: str
@@ -53,7 +52,6 @@ class LayerPosterior:
     posterior: Posterior
     residual: float
     fitted: float
-    held_rows: int
 
     def as_dict(self) -> dict[str, Any]:
         """As the report has it."""
@@ -184,5 +182,5 @@ class _Layer:
         entry = self.map
         return LayerPosterior(
             entry.name, entry.technique, entry.input, entry.encoder, made, held.relative_error(),
-            seen.relative_error(), held.rows,
+            seen.relative_error(),
         )  # fmt: skip

@@ -17,7 +17,7 @@ import numpy as np
 import scipy.linalg
 import scipy.optimize
 
-from lowrank_onnx.decompositions.output_metric import checked_weight, gentle_solve, layer_output
+from lowrank_onnx.decompositions.output_metric import checked_weight, gentle_solve
 from lowrank_onnx.linalg import Array
 
 EXACT = 1e-7  # relative errors below are rounding of the Gram form: no slack there to spend on smaller norms
@@ -131,40 +131,6 @@ def cp_tensor(
     result = CP(tuple(factor * scale for factor in factors), 0.0, largest)
     error = float(np.linalg.norm(result.tensor() - tensor)) / norm
     return CP(result.factors, error, largest)
-
-
-def refit_cp(
-    factors: CP,
-    weight: Array,
-    patch_gram: Array,
-    ridge: float = 1e-2,
-    cross: Array | None = None,
-    energy: float | None = None,
-) -> CP:
-    """Refit the output factor, the last 1 x 1, to the layer's output on data; the others are kept.
-
-    Args:
-        factors: CP of a convolution weight, kernel axes together or apart.
-        weight: (O, I, *kernel) the original weight.
-        patch_gram: (F, F) centred second moment of the patches delivered, F = I · prod(kernel).
-        ridge: Pull towards the original weight, in units of the mean variance of the patch.
-        cross: (O, F) with ``energy``, where the patches are not the original ones; as in ``separable_als``.
-        energy: ``E|y - ȳ|²``.
-
-    Returns:
-        Factors with the relative output error, without ridge. The terms keep their order.
-    """
-    output = layer_output(weight, patch_gram, cross, energy)
-    target, metric = output.regularised(ridge)
-    filters = khatri_rao(factors.factors[1:])  # (F, R)
-    mapped = metric @ filters
-    gram = filters.T @ mapped
-    lost = target - factors.output @ filters.T
-    refitted = factors.output + gentle_solve((gram + gram.T) / 2, (lost @ mapped).T).T
-    found = (refitted, *factors.factors[1:])
-    norm = float(np.linalg.norm(output.weight))
-    largest = float(component_norms(found).max()) / norm if norm > 0 else 0.0
-    return CP(found, output.error(refitted @ filters.T), largest)
 
 
 def khatri_rao(factors: Sequence[Array]) -> Array:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from math import prod
 
 import numpy as np
-import scipy.linalg
 
 from lowrank_onnx.decompositions.output_metric import checked_weight
 from lowrank_onnx.linalg import Array, finite_svd
@@ -52,30 +51,6 @@ def tt_to_tensor(cores: Sequence[Array]) -> Array:
         tensor = tensor @ core.reshape(len(core), -1)
         tensor = tensor.reshape(-1, core.shape[-1])
     return tensor.reshape([length for core in cores for length in core.shape[1:-1]])
-
-
-def tt_round(
-    cores: Sequence[Array], ranks: int | Sequence[int] | None = None, epsilon: float | None = None
-) -> list[Array]:
-    """Cut the bonds of a train without forming its tensor.
-
-    Args and guarantees as in ``tensor_train``, relative to the train given. Cores of matrix trains keep
-    their four axes.
-    """
-    shapes = [core.shape[1:-1] for core in cores]
-    train = [np.asarray(core, np.float64).reshape(len(core), -1, core.shape[-1]) for core in cores]
-    for k in range(len(train) - 1, 0, -1):  # orthonormal from the right, so that a cut here is a cut of all
-        q, r = scipy.linalg.qr(train[k].reshape(len(train[k]), -1).T, mode="economic")
-        train[k] = q.T.reshape(-1, *train[k].shape[1:])
-        train[k - 1] = train[k - 1] @ r.T
-    limits, delta = _limits(len(train) - 1, ranks, epsilon, float(np.linalg.norm(train[0])))
-    for k, limit in enumerate(limits):
-        left = train[k].shape[:2]
-        u, sigma, vt = finite_svd(train[k].reshape(prod(left), -1))
-        rank = _bond_rank(sigma, limit, delta)
-        train[k] = u[:, :rank].reshape(*left, rank)
-        train[k + 1] = np.tensordot(sigma[:rank, None] * vt[:rank], train[k + 1], 1)
-    return [core.reshape(len(core), *shape, core.shape[-1]) for core, shape in zip(train, shapes, strict=True)]
 
 
 def tt_matrix(

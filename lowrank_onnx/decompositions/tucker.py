@@ -89,34 +89,6 @@ def tucker2(
     return _signed(*best, whitened, (root, inverse), r_o, r_i)
 
 
-def tucker2_errors(weight: Array, input_metric: Array | None = None) -> Array:
-    """Relative errors of the truncated HOSVD for every pair of ranks, from one decomposition.
-
-    Args:
-        weight: (O, I, *kernel).
-        input_metric: As in ``tucker2``.
-
-    Returns:
-        (O, I); entry [r_o - 1, r_i - 1]. ``tucker2`` is at most this, and at least 1/√2 of it.
-
-    Truncating an all-orthogonal core leaves out its outer entries, so their energy is the squared error.
-    """
-    weight = checked_weight(weight)
-    if input_metric is not None:
-        weight = _times(weight, _metric_root(input_metric, weight.shape[1])[0].T, 1)
-    u, v = _leading(_unfold(weight, 0), weight.shape[0]), _leading(_unfold(weight, 1), weight.shape[1])
-    core = _project(weight, u, v)
-    energy = np.square(core).reshape(*core.shape[:2], -1).sum(axis=2)
-    total = float(energy.sum())
-    if total == 0:
-        return np.zeros(energy.shape)
-    padded = np.pad(energy, ((0, 1), (0, 1)))
-    # What rows below r_o hold, and what rows up to r_o hold beyond r_i: sums only, so small errors are exact.
-    rows = np.cumsum(padded.sum(axis=1)[::-1])[::-1][1:, None]
-    beyond = np.cumsum(np.cumsum(padded[:, ::-1], axis=1)[:, ::-1], axis=0)[:-1, 1:]
-    return np.asarray(np.sqrt((rows + beyond) / total))
-
-
 def refit_output(
     features_gram: Array, cross: Array, rank: int | None = None, ridge: float = 1e-2
 ) -> tuple[Array, Array | None]:

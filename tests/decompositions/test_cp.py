@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from numpy.typing import NDArray
 from tensorly.decomposition import parafac
 
-from lowrank_onnx.decompositions.cp import component_norms, cp, cp_tensor, khatri_rao, refit_cp, sensitivity
+from lowrank_onnx.decompositions.cp import component_norms, cp, cp_tensor, khatri_rao, sensitivity
 
 Array = NDArray[Any]
 MakeWeight = Callable[[str, tuple[int, ...], int], Array]
@@ -135,23 +135,6 @@ def test_sensitivity_is_the_expected_change_under_noise() -> None:
         noisy = [factor + 1e-4 * rng.standard_normal(factor.shape) for factor in factors]
         changes.append(np.sum((noisy[0] @ khatri_rao(noisy[1:]).T - clean) ** 2) / 1e-8)
     assert np.mean(changes) == pytest.approx(sensitivity(factors), rel=0.05)
-
-
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("samples", [400, 10])
-def test_refit_of_the_output_factor_is_least_squares(make_patches: MakePatches, split: bool, samples: int) -> None:
-    weight = np.random.default_rng(0).standard_normal((7, 5, 2, 2))
-    x = make_patches(20, samples, 0)
-    y = x @ weight.reshape(7, -1).T
-    plain = cp(weight, 6, split)
-    fitted = refit_cp(plain, weight, x.T @ x / samples, ridge=0)
-    z = x @ khatri_rao(plain.factors[1:])
-    expected = z @ np.linalg.lstsq(z, y, rcond=None)[0]
-    assert relative(expected, y) == pytest.approx(fitted.error, abs=1e-5)
-    assert relative(x @ fitted.tensor().reshape(7, -1).T, y) == pytest.approx(fitted.error, abs=1e-7)
-    assert fitted.error < relative(x @ plain.tensor().reshape(7, -1).T, y)
-    norm = np.linalg.norm(weight)
-    assert component_norms(fitted.factors).max() == pytest.approx(fitted.max_component_norm * norm)
 
 
 def test_what_does_not_fit_is_told() -> None:

@@ -20,7 +20,6 @@ from lowrank_onnx.decompositions.tensor_train import (
     tt_convolution,
     tt_matrix,
     tt_matrix_to_dense,
-    tt_round,
     tt_to_tensor,
 )
 from lowrank_onnx.decompositions.tucker import tucker2
@@ -50,8 +49,6 @@ def test_error_stays_below_epsilon(
     assert relative(tt_to_tensor(cores), tensor) <= epsilon + 1e-13
     exact = tensor_train(tensor)
     assert relative(tt_to_tensor(exact), tensor) < 1e-10
-    rounded = tt_round(exact, epsilon=epsilon)
-    assert relative(tt_to_tensor(rounded), tensor) <= epsilon + 1e-12
     again = tensor_train(tensor.copy(), epsilon=epsilon)
     assert all(np.array_equal(one, other) for one, other in zip(cores, again, strict=True))
     if kind in ("constant", "zeros"):
@@ -77,18 +74,6 @@ def test_two_axes_are_the_svd() -> None:
     assert error == pytest.approx(np.linalg.norm(sigma[2:]) / np.linalg.norm(sigma))
 
 
-def test_rounding_finds_the_ranks_below_padded_ones() -> None:
-    rng = np.random.default_rng(0)
-    thin = [rng.standard_normal(shape) for shape in ((1, 5, 2), (2, 4, 3), (3, 6, 1))]
-    padded = tensor_train(tt_to_tensor(thin) + 0.0)
-    wide = [np.concatenate([thin[0], thin[0]], axis=2), np.zeros((4, 4, 6)), np.concatenate([thin[2]] * 2)]
-    wide[1][:2, :, :3], wide[1][2:, :, 3:] = thin[1], thin[1]  # the sum of the train with itself
-    rounded = tt_round(wide, epsilon=1e-10)
-    assert [core.shape for core in rounded] == [core.shape for core in thin] == [core.shape for core in padded]
-    assert relative(tt_to_tensor(rounded), 2 * tt_to_tensor(thin)) < 1e-12
-    assert tt_round(wide, ranks=1)[1].shape == (1, 4, 1)
-
-
 @given(st.integers(0, 9), st.data())
 @steady
 def test_matrix_trains(seed: int, data: st.DataObject) -> None:
@@ -98,7 +83,6 @@ def test_matrix_trains(seed: int, data: st.DataObject) -> None:
     cores = tt_matrix(weight, rows, columns)
     assert [core.shape[1:3] for core in cores] == list(zip(rows, columns, strict=True))
     assert relative(tt_matrix_to_dense(cores), weight) < 1e-10
-    assert relative(tt_matrix_to_dense(tt_round(cores, epsilon=0.5)), weight) <= 0.5 + 1e-12
     # A row vector through the train, digit by digit, as a runtime would.
     x: Array = np.asarray(np.random.default_rng(seed + 1).standard_normal((weight.shape[0],)))
     state: Array = x.reshape(1, *rows, 1)  # (n so far, m_k ... m_d, r)
