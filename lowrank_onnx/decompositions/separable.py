@@ -228,29 +228,6 @@ def separable_als(
     return Separable(*split.factors(*balanced(a, h)), history[-1], tuple(history))
 
 
-def refit_second(
-    factors: Separable,
-    weight: Array,
-    patch_gram: Array,
-    ridge: float = 1e-2,
-    cross: Array | None = None,
-    energy: float | None = None,
-) -> Separable:
-    """Least squares for the second factor on data, the first kept: one half sweep, exact.
-
-    Arguments as in ``separable_als``. The first factor is returned as it is.
-    """
-    output = layer_output(weight, patch_gram, cross, energy)
-    axes = tuple(axis for axis, length in enumerate(factors.second.shape[2:]) if length == 1)
-    split = split_of(checked_weight(weight), axes)
-    problem = _problem(split, *output.regularised(ridge))
-    a, h = split.pack_factors(factors.first, factors.second)
-    first, second = split.factors(a, problem.improve_second(a, h))
-    fitted = Separable(first, second, 0.0)
-    error = output.error(fitted.weight().reshape(len(second), -1))
-    return Separable(first, second, error, (*factors.history, error))
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class _Problem:
     """min over A, H of ``tr (W - H A) G (W - H A)ᵀ``; target W (O, Q, P), metric G (Q·P, Q·P)."""
