@@ -569,6 +569,12 @@ def test_disk_full(tmp_path: Path, wide: bytes, external: bool) -> None:
     assert files(tmp_path) == before
 
 
+def _heeding_signals() -> None:
+    """In the child: where the tests run in the background or under nohup, it would inherit that they are ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 @pytest.mark.parametrize("moment", [0.0, 0.15, 0.5])
@@ -585,7 +591,7 @@ def test_stopped_at_any_time(tmp_path: Path, wide: bytes, number: signal.Signals
     process = subprocess.Popen(
         [sys.executable, "-c", wrapper, "compress", "m.onnx", "-o", "out.onnx", "--keep-macs", "0.5",
          "--calibrate", "c.npz", "--report", "r.html", "--json", "r.json"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_heeding_signals,
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
@@ -606,8 +612,9 @@ def test_stopped_while_it_is_imported(tmp_path: Path) -> None:
     (tmp_path / "lowrank_onnx" / "cli.py").write_text(stopping)
     shutil.copy(REPOSITORY / "lowrank_onnx_command.py", tmp_path)
     done = subprocess.run(
-        [sys.executable, "lowrank_onnx_command.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
+        [sys.executable, "lowrank_onnx_command.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        preexec_fn=_heeding_signals,
+    )  # fmt: skip
     assert done.returncode == 130
     assert done.stderr == "Error: interrupted; nothing was begun\n"
 
