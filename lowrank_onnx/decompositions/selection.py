@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,8 @@ class UnitOrder:
         return float(np.sqrt(self.output[place] / self.total))
 
 
-_BLOCK = 16  # units chosen per step; the scores hardly change within one
+_BLOCK = 16  # most units chosen per step, the first ones one by one: scores hardly change within a few of many
+_SHARE = 96  # where that many steps of the block are done, steps grow with what is chosen
 
 
 def order_units(weight: Array, gram: Array, ridge: float, step: int = 8, energy: float | None = None) -> UnitOrder:
@@ -58,6 +60,8 @@ def order_units(weight: Array, gram: Array, ridge: float, step: int = 8, energy:
     weight = np.asarray(weight, np.float64)
     moment = with_ridge(gram, ridge)
     rest = moment @ weight  # (F, N) R W
+    lengths = np.einsum("fn,fn->f", rest, rest)
+    left = float(np.einsum("fn,fn->", weight, rest))  # tr WᵀRW
     diagonal = np.diag(moment).copy()
     # Units that never change have no variance left; the floor keeps the corner definite.
     floor = max(1e-10 * float(diagonal.max(initial=0.0)), np.finfo(np.float64).tiny ** 0.5)
@@ -66,29 +70,38 @@ def order_units(weight: Array, gram: Array, ridge: float, step: int = 8, energy:
     order: list[int] = []
     objective = {}
     while len(order) < units:
-        score = np.where(chosen, -1.0, np.einsum("fn,fn->f", rest, rest) / np.maximum(diagonal, floor))
+        score = np.where(chosen, -1.0, lengths / np.maximum(diagonal, floor))
         done = len(order)
-        size = min(_BLOCK, units - done, step - done % step)
+        size = min(max(1, min(_BLOCK, done // 8), done // _SHARE), units - done, step - done % step)
         picked = np.sort(np.argsort(-score, kind="stable")[:size])
         columns = moment[:, picked] - factor[:, :done] @ factor[picked, :done].T  # (F, size) R[:, picked]
         root = _root(columns[picked], floor)
         part = scipy.linalg.solve_triangular(root, columns.T, lower=True).T  # (F, size)
+        explained = scipy.linalg.solve_triangular(root, rest[picked], lower=True)  # (size, N) partᵀ W
         factor[:, done : done + size] = part
-        rest -= part @ scipy.linalg.solve_triangular(root, rest[picked], lower=True)
+        # |R W|² row by row follows the change of R W, which is read and written once: large layers wait for memory.
+        lengths -= np.einsum("fs,fs->f", part, 2 * (rest @ explained.T) - part @ (explained @ explained.T))
+        rest = _subtract(rest, part, explained)
+        left -= float(np.vdot(explained, explained))
         diagonal -= np.einsum("fs,fs->f", part, part)
         chosen[picked] = True
         order += picked.tolist()
-        objective[len(order)] = float(np.einsum("fn,fn->", weight, rest))
+        objective[len(order)] = left
     places = np.array(order)
     total = float(np.einsum("fn,fn->", weight, gram @ weight)) if energy is None else energy
     counts = (*range(step, units, step), units)
     penalty = ridge * float(np.trace(gram)) / units  # 0 leaves units without variance a factor of zeros
+    departures = _departures(factor[places], weight[places], counts) if penalty else [0.0] * len(counts)
     output = [
-        max(objective[count] - (penalty * _departure(factor[places], weight[places], count) if penalty else 0.0), 0.0)
-        for count in counts
+        max(objective[count] - penalty * departure, 0.0) for count, departure in zip(counts, departures, strict=True)
     ]
     falling = np.minimum.accumulate([*output[:-1], 0.0])
     return UnitOrder(places, counts, tuple(float(value) for value in falling), total)
+
+
+def _subtract(rest: Array, left: Array, right: Array) -> Array:
+    """``rest - left @ right``, in the place of rest."""
+    return np.asarray(scipy.linalg.blas.dgemm(-1.0, right.T, left.T, 1.0, rest.T, overwrite_c=True).T)
 
 
 def _root(corner: Array, floor: float) -> Array:
@@ -100,14 +113,29 @@ def _root(corner: Array, floor: float) -> Array:
             floor *= 100
 
 
-def _departure(factor: Array, weight: Array, count: int) -> float:
-    """How far the ridge lets the refit move: ``|W - W'|²``, all in order of choice.
+def _departures(factor: Array, weight: Array, counts: Sequence[int]) -> list[float]:
+    """How far the ridge lets each refit move: ``|W - W'|²`` (C,), all in order of choice.
 
-    With L the Cholesky factor, the refit adds ``L11⁻ᵀ L21ᵀ W_rest`` to the weights of the chosen units.
+    With L the Cholesky factor of the units and L11 that of the chosen ones, the refit is ``L11⁻ᵀ (Lᵀ W)1``; what more
+    units change of it is one product, so that all counts together take as long as the last would alone.
     """
-    left = weight[count:]
-    moved = scipy.linalg.solve_triangular(factor[:count, :count].T, factor[count:, :count].T @ left, lower=False)
-    return float(np.vdot(moved, moved) + np.vdot(left, left))
+    fitted = np.zeros_like(weight)
+    target = factor.T @ weight
+    left = np.append(np.cumsum(np.einsum("fn,fn->f", weight, weight)[::-1])[::-1], 0.0)  # of the units from here on
+    departures, done = [], 0
+    for count in counts:
+        new = slice(done, count)
+        fitted[new] = _solved(factor[new, new], target[new])
+        fitted[:done] -= _solved(factor[:done, :done], factor[new, :done].T) @ fitted[new]
+        moved = fitted[:count] - weight[:count]
+        departures.append(float(np.vdot(moved, moved) + left[count]))
+        done = count
+    return departures
+
+
+def _solved(root: Array, right: Array) -> Array:
+    """``L⁻ᵀ right`` of a lower triangular L."""
+    return np.asarray(scipy.linalg.solve_triangular(root, right, lower=True, trans="T", check_finite=False))
 
 
 def refit_selected(weight: Array, gram: Array, chosen: Array, ridge: float) -> Array:
