@@ -17,7 +17,7 @@ import numpy as np
 from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish, Replacement, Site, Use
 from lowrank_onnx.chains import linear_chain, store
 from lowrank_onnx.conv_chains import Link, convolution_chain
-from lowrank_onnx.linalg import Array, regression
+from lowrank_onnx.linalg import Array, covariances, regression
 from lowrank_onnx.patches import WIDEST, as_linear, blocks_of, unseen
 
 
@@ -82,8 +82,7 @@ class Kept(Pass):
         assert moments.target_cross is not None and moments.target_mean is not None
         if use.bias is None:
             return {"weight": self._stored(site, regression(moments.gram, moments.target_cross, weight, ridge))}
-        gram = moments.gram - np.outer(moments.mean, moments.mean)
-        cross = moments.target_cross - np.outer(moments.mean, moments.target_mean)
+        gram, cross = covariances(moments.gram, moments.mean, moments.target_cross, moments.target_mean)
         fitted = regression(gram, cross, weight, ridge)
         bias = use.bias.astype(np.float64) + moments.target_mean - moments.mean @ fitted
         return {"weight": self._stored(site, fitted), f"bias:{use.node}": store(bias, site)}

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from lowrank_onnx import accelerator
 
 Array = NDArray[Any]
+_CONSTANT = 1e-6  # of a mean square; variances below it are rounding of products in float32
 
 
 def finite_svd(matrix: Array) -> tuple[Array, Array, Array]:
@@ -49,12 +50,36 @@ def psd_root(gram: Array) -> Array:
         return np.asarray(vectors * np.sqrt(np.maximum(values, 0.0)))
 
 
+def covariance(gram: Array, mean: Array) -> Array:
+    """Return ``gram - mean meanᵀ`` (K, K); zeros where an input does not vary, since rounding would be left of it."""
+    spread = np.asarray(gram - np.outer(mean, mean))
+    still = np.diag(spread) <= _CONSTANT * np.diag(gram)
+    spread[still] = 0.0
+    spread[:, still] = 0.0
+    return spread
+
+
+def covariances(gram: Array, mean: Array, cross: Array, target_mean: Array) -> tuple[Array, Array]:
+    """Return ``covariance`` (K, K) and ``cross - mean target_meanᵀ`` (K, N), zeros where an input does not vary."""
+    spread, shared = covariance(gram, mean), np.asarray(cross - np.outer(mean, target_mean))
+    shared[np.diag(spread) == 0.0] = 0.0
+    return spread, shared
+
+
 def with_ridge(gram: Array, ridge: float) -> Array:
-    """Return ``gram + ridge * mean(diag) * I``: shrinkage towards plain SVD (algorithms: COALA, GPTQ)."""
-    scale = float(np.trace(gram)) / len(gram)
+    """Return ``gram + ridge * mean(diag) * I``: shrinkage towards plain SVD (algorithms: COALA, GPTQ).
+
+    Of a gram of zeros, which tells no direction from another, the identity.
+    """
     out = np.array(gram, np.float64)
-    out[np.diag_indices_from(out)] += ridge * scale
+    out[np.diag_indices_from(out)] += ridge_shift(gram, ridge)
     return out
+
+
+def ridge_shift(gram: Array, ridge: float) -> float:
+    """Return what ``with_ridge`` adds to the diagonal."""
+    scale = float(np.trace(gram)) / len(gram)
+    return ridge * scale if scale > 0 else 1.0
 
 
 def right_basis(metric_root: Array, weight: Array) -> tuple[Array, Array]:
@@ -94,8 +119,7 @@ def regression(gram: Array, target_cross: Array, weight: Array, ridge: float) ->
         weight: (K, N) what the ridge pulls to.
         ridge: λ in units of the mean diagonal of gram.
     """
-    shrink = ridge * float(np.trace(gram)) / len(gram)
-    left, right = with_ridge(gram, ridge), target_cross + shrink * weight
+    left, right = with_ridge(gram, ridge), target_cross + ridge_shift(gram, ridge) * weight
     try:
         return np.asarray(scipy.linalg.solve(left, right, assume_a="pos"))
     except (np.linalg.LinAlgError, scipy.linalg.LinAlgWarning):

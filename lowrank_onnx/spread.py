@@ -27,7 +27,7 @@ from lowrank_onnx.budget import Selection
 from lowrank_onnx.data import Dataset
 from lowrank_onnx.decompositions.posterior import fit_posterior
 from lowrank_onnx.errors import DataError, LowRankError
-from lowrank_onnx.linalg import Array
+from lowrank_onnx.linalg import Array, covariance
 from lowrank_onnx.metrics import class_axis
 from lowrank_onnx.patches import Window, window
 from lowrank_onnx.problem import Problem, training_data
@@ -46,7 +46,6 @@ _TRIED = 32
 _WIDEST = 2048  # channels of a tensor that is watched
 _SKETCH = 32  # directions of a tensor that is wider
 _RIDGE = 0.01
-_CONSTANT = 1e-9  # of a tensor's mean square; what varies less is rounding
 _LEAST_FACTOR = 0.1
 _DIRECTIONS = 1024  # of everything left out, together
 _CARRIED = 16
@@ -514,10 +513,10 @@ def _with_inputs(session: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:
 
 def _reach(tap: Tap, moments: Moments, seed: int) -> Reach:
     """The metric of a tensor: its inverse covariance, in ``_SKETCH`` random directions where it is wide."""
-    covariance = moments.gram - np.outer(moments.mean, moments.mean)
-    if np.trace(covariance) <= _CONSTANT * np.trace(moments.gram):
-        return Reach(tap, moments.mean, np.zeros((len(covariance), 1)))
-    values, vectors = scipy.linalg.eigh(covariance)
+    metric = covariance(moments.gram, moments.mean)
+    if not metric.any():
+        return Reach(tap, moments.mean, np.zeros((len(metric), 1)))
+    values, vectors = scipy.linalg.eigh(metric)
     width = len(values)
     root = vectors / np.sqrt(np.maximum(values, 0.0) + _RIDGE * values.mean())
     if width > _SKETCH:

@@ -17,7 +17,7 @@ from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish
 from lowrank_onnx.chains import linear_chain, store
 from lowrank_onnx.decompositions.selection import UnitOrder, order_units, refit_selected
 from lowrank_onnx.kept import Kept
-from lowrank_onnx.linalg import Array, regression
+from lowrank_onnx.linalg import Array, covariance, covariances, regression
 from lowrank_onnx.passes.svd import grid_step
 
 
@@ -60,7 +60,7 @@ class Feedforward(Pass):
         entry = moments[site.uses[0].input]
         weight = site.weight.astype(np.float64)
         energy = float(np.einsum("fn,fn->", weight, entry.gram @ weight))
-        centred = entry.gram - np.outer(entry.mean, entry.mean)
+        centred = covariance(entry.gram, entry.mean)
         return Units(order_units(weight, centred, self.ridge, self._step(site), energy), entry.gram, entry.mean)
 
     def _step(self, site: Site) -> int:
@@ -96,7 +96,7 @@ class Feedforward(Pass):
         chosen = np.sort(analysis.order.order[: candidate.ranks[0]])
         weight = site.weight.astype(np.float64)
         mean = analysis.mean
-        out = refit_selected(weight, analysis.gram - np.outer(mean, mean), chosen, self.ridge)
+        out = refit_selected(weight, covariance(analysis.gram, mean), chosen, self.ridge)
         bias = _bias(site) + mean @ weight - mean[chosen] @ out
         return {"chosen": chosen, "out": store(out, site), "bias": store(bias, site)}
 
@@ -119,8 +119,7 @@ class Feedforward(Pass):
     def refit(self, site: Site, candidate: Candidate, factors: Factors, moments: Moments, ridge: float) -> Factors:
         """See Pass.refit."""
         assert moments.target_cross is not None and moments.target_mean is not None
-        gram = moments.gram - np.outer(moments.mean, moments.mean)
-        cross = moments.target_cross - np.outer(moments.mean, moments.target_mean)
+        gram, cross = covariances(moments.gram, moments.mean, moments.target_cross, moments.target_mean)
         out = regression(gram, cross, factors["out"].astype(np.float64), ridge)
         bias = _bias(site) + moments.target_mean - moments.mean @ out
         return {**factors, "out": store(out, site), "bias": store(bias, site)}

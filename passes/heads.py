@@ -22,7 +22,7 @@ from lowrank_onnx.chains import linear_chain, store
 from lowrank_onnx.decompositions.heads import best_pairs, block_diagonal, score_bases, score_error, value_factors
 from lowrank_onnx.head_chains import narrowed, query_gain
 from lowrank_onnx.kept import Kept
-from lowrank_onnx.linalg import Array, regression, with_ridge
+from lowrank_onnx.linalg import Array, covariance, covariances, regression, with_ridge
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +111,8 @@ class Heads(Pass):
             weight = part.weight.astype(np.float64)
             entry = _entry(part, moments)
             mean = np.zeros(weight.shape[1]) if centred else entry.mean @ weight + _bias(part)
-            covariance = entry.gram - np.outer(entry.mean, entry.mean)
-            for found, metric in ((plain, covariance), (ridged, with_ridge(covariance, self.ridge))):
+            spread = covariance(entry.gram, entry.mean)
+            for found, metric in ((plain, spread), (ridged, with_ridge(spread, self.ridge))):
                 blocks = _blocks(weight.T @ metric @ weight + np.outer(mean, mean), width)
                 found.append(blocks.reshape(groups, -1, width, width).sum(axis=1))
         if turned:
@@ -204,8 +204,7 @@ class Heads(Pass):
         delivered, wanted = moments.mean, moments.target_mean
         if not centred:
             delivered, wanted = np.zeros_like(delivered), np.zeros_like(wanted)
-        gram = moments.gram - np.outer(delivered, delivered)
-        cross = moments.target_cross - np.outer(delivered, wanted)
+        gram, cross = covariances(moments.gram, delivered, moments.target_cross, wanted)
         if "out" in factors:
             out = regression(gram, cross, factors["out"].astype(np.float64), ridge)
             bias = _bias(site.attributes["parts"][1]) + wanted - delivered @ out
@@ -273,7 +272,7 @@ def _values(site: Site, moments: Mapping[str, Moments] | None) -> Values:
     if moments is not None:
         entry = moments[out.uses[0].input]
         mean, whole = entry.mean, entry.gram
-        gram = whole - np.outer(mean, mean)
+        gram = covariance(whole, mean)
     else:
         # Inputs without mean and of unit variance, and attention that passes them on.
         columns = _repeated(value.weight.astype(np.float64), site)

@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish, Replacement, Site
 from lowrank_onnx.chains import balanced, linear_chain, store
 from lowrank_onnx.decompositions.svd import LowRankBasis, data_aware, plain, regressed
-from lowrank_onnx.linalg import Array
+from lowrank_onnx.linalg import Array, covariance, covariances
 from lowrank_onnx.passes.svd import grid_step
 
 
@@ -67,14 +67,14 @@ class SharedInput(Pass):
         entry = moments[site.uses[0].input]
         centred = not any(use.dynamic_bias for use in site.uses)
         delivered = entry.mean if centred else np.zeros_like(entry.mean)
-        gram = entry.gram - np.outer(delivered, delivered)
+        gram = covariance(entry.gram, delivered)
         scale = output_scales(parts, np.einsum("kn,kn->n", weight, gram @ weight))
         if entry.target_cross is None:
             basis = data_aware(weight * scale, gram, self.ridge)
             return Joint(basis, scale, (entry.mean, entry.mean @ weight) if centred else None)
         assert entry.target_mean is not None
         wanted = entry.target_mean if centred else np.zeros_like(entry.target_mean)
-        cross = entry.target_cross - np.outer(delivered, wanted)
+        gram, cross = covariances(entry.gram, delivered, entry.target_cross, wanted)
         # Scaling changes what the energy is of; the refit needs the factors, not the error.
         basis = regressed(weight * scale, gram, cross * scale, 0.0, self.ridge, 1.0)
         return Joint(basis, scale, (delivered, wanted) if centred else None)

@@ -16,7 +16,7 @@ import numpy as np
 from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish, Replacement, Site
 from lowrank_onnx.chains import store
 from lowrank_onnx.decompositions.shared_basis import SharedBasis, shared_basis
-from lowrank_onnx.linalg import Array, regression
+from lowrank_onnx.linalg import Array, covariance, covariances, regression
 from lowrank_onnx.passes.shared_input import behind_one_factor, bias_of, output_scales, places_of
 from lowrank_onnx.passes.svd import grid_step
 from lowrank_onnx.sites.shared_layers import parts_of
@@ -73,7 +73,7 @@ class SharedLayers(Pass):
             if moments is not None:
                 entry = moments[unit.uses[0].input]
                 mean = None if any(use.dynamic_bias for use in unit.uses) else entry.mean
-                gram = entry.gram if mean is None else entry.gram - np.outer(mean, mean)
+                gram = entry.gram if mean is None else covariance(entry.gram, mean)
             scale = output_scales(parts_of(unit), np.einsum("kn,kn->n", weight, gram @ weight))
             weights.append(weight * scale)
             grams.append(gram)
@@ -161,9 +161,8 @@ class SharedLayers(Pass):
         delivered, wanted = moments.mean, moments.target_mean
         if not centred:
             delivered, wanted = np.zeros_like(delivered), np.zeros_like(wanted)
-        gram = first.T @ (moments.gram - np.outer(delivered, delivered)) @ first
-        cross = first.T @ (moments.target_cross - np.outer(delivered, wanted))
-        second = regression(gram, cross, factors["second0"].astype(np.float64), ridge)
+        gram, cross = covariances(moments.gram, delivered, moments.target_cross, wanted)
+        second = regression(first.T @ gram @ first, first.T @ cross, factors["second0"].astype(np.float64), ridge)
         bias = bias_of(self.targets(site)) + wanted - (delivered @ first) @ second
         return {**factors, "second0": store(second, site), **({"bias0": store(bias, site)} if centred else {})}
 

@@ -17,7 +17,7 @@ import numpy as np
 from lowrank_onnx.base import Candidate, Dense, Factors, Moments, Pass, RankWish, Replacement, Site, Use
 from lowrank_onnx.chains import balanced, linear_chain, store
 from lowrank_onnx.decompositions.svd import LowRankBasis, data_aware, plain, regressed
-from lowrank_onnx.linalg import Array, energy_rank
+from lowrank_onnx.linalg import Array, covariance, covariances, energy_rank
 from lowrank_onnx.selectors import Selector
 
 
@@ -217,14 +217,14 @@ def pooled(site: Site, moments: Mapping[str, Moments], centred: bool) -> Moments
         return np.asarray(sum(weight * value for weight, value in zip(share, values, strict=True)))
 
     mean = total([part.mean for part in parts])
-    gram = total([part.gram - np.outer(part.mean, part.mean) if centred else part.gram for part in parts])
+    gram = total([covariance(part.gram, part.mean) if centred else part.gram for part in parts])
     if len(parts) > 1 or parts[0].target_cross is None:
         return Moments(rows, mean, gram)
     (part,) = parts
     assert part.target_cross is not None and part.target_mean is not None
     if not centred:
         return part
-    cross = part.target_cross - np.outer(part.mean, part.target_mean)
+    gram, cross = covariances(part.gram, part.mean, part.target_cross, part.target_mean)
     energy = part.target_energy - float(part.target_mean @ part.target_mean)
     return Moments(rows, mean, gram, cross, part.target_mean, energy)
 

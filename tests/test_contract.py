@@ -947,6 +947,17 @@ def test_full_rank_gives_the_original_back(technique: type[Pass], kind: str, cas
 
 
 @each_case
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_full_rank_gives_the_original_back_where_data_show_nothing(
+    technique: type[Pass], kind: str, case: Case, value: float
+) -> None:
+    still = {name: np.full_like(v, value) if v.dtype.kind == "f" else v for name, v in case.data.items()}
+    for trial in new_trials(technique(), kind, dataclasses.replace(case, data=still), data=True, full=True):
+        measured = answers(trial.proto, case.feeds())
+        assert furthest(measured, answers(case.proto, case.feeds())) <= FULL_RANK_TOLERANCE[case.dtype]
+
+
+@each_case
 @with_and_without_data
 def test_parameters_counted_are_the_sizes_stored(technique: type[Pass], kind: str, case: Case, data: bool) -> None:
     for trial in trials(technique(), kind, case, data):

@@ -16,7 +16,7 @@ import numpy as np
 import scipy.linalg
 
 from lowrank_onnx.decompositions.svd import LowRankBasis, data_aware, plain
-from lowrank_onnx.linalg import Array
+from lowrank_onnx.linalg import Array, ridge_shift, with_ridge
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,9 +120,8 @@ class CellBasis:
             inner = _on_both(into, state, projected.T, inputs)
             before = np.concatenate([made.second[d], made.state_second[d]], axis=1)[coupled]
             wanted = np.concatenate([self.w[d], self.r[d]], axis=1)[coupled] @ projected.T
-            shrink = self.ridge * float(np.trace(inner)) / len(inner)
-            left = inner + shrink * np.eye(len(inner))
-            fitted = scipy.linalg.solve(left, (wanted + shrink * before).T, assume_a="pos").T
+            pull = ridge_shift(inner, self.ridge) * before
+            fitted = scipy.linalg.solve(with_ridge(inner, self.ridge), (wanted + pull).T, assume_a="pos").T
             own = inputs if into is None else len(into)
             seconds[d][coupled] = fitted[:, :own]
             state_seconds[d][coupled] = fitted[:, own:]

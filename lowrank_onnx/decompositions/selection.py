@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
-from lowrank_onnx.linalg import Array, with_ridge
+from lowrank_onnx.linalg import Array, ridge_shift, with_ridge
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ def order_units(weight: Array, gram: Array, ridge: float, step: int = 8, energy:
     places = np.array(order)
     total = float(np.einsum("fn,fn->", weight, gram @ weight)) if energy is None else energy
     counts = (*range(step, units, step), units)
-    penalty = ridge * float(np.trace(gram)) / units  # 0 leaves units without variance a factor of zeros
+    penalty = ridge_shift(gram, ridge)  # 0 leaves units without variance a factor of zeros
     departures = _departures(factor[places], weight[places], counts) if penalty else [0.0] * len(counts)
     output = [
         max(objective[count] - penalty * departure, 0.0) for count, departure in zip(counts, departures, strict=True)
@@ -147,7 +147,7 @@ def refit_selected(weight: Array, gram: Array, chosen: Array, ridge: float) -> A
         chosen: (k,) indices.
         ridge: In units of the mean diagonal of gram.
     """
-    penalty = ridge * float(np.trace(gram)) / len(gram)
+    penalty = ridge_shift(gram, ridge)
     left = gram[np.ix_(chosen, chosen)] + penalty * np.eye(len(chosen))
     right = gram[chosen] @ weight + penalty * weight[chosen]
     try:
