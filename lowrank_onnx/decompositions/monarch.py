@@ -29,15 +29,16 @@ def monarch(matrix: Array, gram: Array, groups: int, rank: int) -> BlockSum:
     columns = strided(matrix.shape[1], groups)
     weight = ordered(matrix, None, columns)
     across, along = segments(len(weight), groups), segments(weight.shape[1], groups)
-    counts = [min(rank, high.stop - high.start, min(w.stop - w.start for w in along)) for high in across]
-    first = []
-    for high, count in zip(across, counts, strict=True):
-        parts = [data_aware(weight[high, wide], gram[high, high], 0.0).factors(count)[0] for wide in along]
+    first, labels = [], []
+    for high in across:
+        pairs = [data_aware(weight[high, wide], gram[high, high], 0.0) for wide in along]
+        parts = [pair.factors(min(rank, pair.right.shape[1]))[0] for pair in pairs]
         norms = [np.linalg.norm(part, axis=0) for part in parts]
         first.append(np.concatenate([p / np.where(n > 0, n, 1.0) for p, n in zip(parts, norms, strict=True)], axis=1))
-    labels = np.concatenate([np.repeat(np.arange(groups), count) for count in counts])
-    order = np.argsort(labels, kind="stable")  # what belongs to the first outputs comes first
-    second = tuple(np.zeros((sum(counts), wide.stop - wide.start)) for wide in along)
+        labels += [np.full(part.shape[1], place) for place, part in enumerate(parts)]
+    outputs = np.concatenate(labels)
+    order = np.argsort(outputs, kind="stable")  # what belongs to the first outputs comes first
+    second = tuple(np.zeros((int(np.sum(outputs == j)), wide.stop - wide.start)) for j, wide in enumerate(along))
     return BlockSum(((Stage(tuple(first)), Stage(second, order)),), None, columns).refitted(matrix, gram)
 
 

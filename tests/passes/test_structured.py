@@ -7,6 +7,8 @@ import pytest
 from onnx import ModelProto
 
 from lowrank_onnx import compress
+from lowrank_onnx.base import RankWish
+from lowrank_onnx.decompositions.block import FORMS
 from lowrank_onnx.errors import LowRankError, TargetError
 from lowrank_onnx.passes.blast import BlastPass
 from lowrank_onnx.passes.block_linear import BlockLinear
@@ -14,7 +16,7 @@ from lowrank_onnx.passes.hierarchical import Hierarchical
 from lowrank_onnx.passes.kronecker import Kronecker
 from lowrank_onnx.passes.monarch import Monarch
 from lowrank_onnx.passes.structured import StructuredPass
-from tests.builders import build, falling, problem
+from tests.builders import build, difference, falling, problem
 
 ALL = (BlockLinear, Monarch, Kronecker, Hierarchical, BlastPass)
 every = pytest.mark.parametrize("technique", ALL, ids=lambda kind: str(kind.name))
@@ -46,6 +48,31 @@ def test_single_rows(technique: type[StructuredPass]) -> None:
 def test_weights_of_zeros(technique: type[StructuredPass]) -> None:
     proto = build("g (float[n,32] x) => (float[n,32] y) { y = MatMul(x, w) }", {"w": np.zeros((32, 32), np.float32)})
     assert "all zeros" in reason(technique, proto)
+
+
+@pytest.mark.parametrize("shape", [(64, 37), (37, 64), (33, 33), (19, 50), (17, 31)], ids=str)
+@pytest.mark.parametrize(
+    "technique",
+    [
+        *(BlockLinear(form=form, blocks=blocks) for form in FORMS for blocks in (2, 3, 4)),
+        *(Monarch(groups=groups) for groups in (2, 3, 4)),
+        *(Hierarchical(depth=depth, leaf=3) for depth in (1, 2, 3)),
+        *(BlastPass(blocks=blocks) for blocks in (2, 3, 4)),
+        Kronecker(),
+    ],
+    ids=str,
+)
+def test_full_rank_is_exact_where_groups_are_of_unequal_width(
+    technique: StructuredPass, shape: tuple[int, int]
+) -> None:
+    (site,) = problem(product(*shape)).sites
+    if technique.refuse(site) is not None:
+        pytest.skip("refused")
+    analysis = technique.analyse(site, None)
+    rank = technique.spell_rank(site, analysis, RankWish(fraction=1.0))
+    assert isinstance(rank, tuple)
+    made = technique.structure(technique.factorize(site, analysis, technique.candidate(site, analysis, rank)))
+    assert difference(made.dense(), site.weight) < 1e-5
 
 
 @every
