@@ -120,6 +120,7 @@ def main() -> None:
         model = build(options.hidden, options.feedforward, options.layers, options.tokens, options.dtype)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     place = options.out.with_suffix(".data").name
+    options.out.with_name(place).unlink(missing_ok=True)  # it would be appended to
     onnx.save_model(model, options.out, save_as_external_data=True, location=place, size_threshold=1024)
     rng = np.random.default_rng(1)
     for name, count in (("calibrate", options.samples), ("evaluate", options.samples // 2)):
