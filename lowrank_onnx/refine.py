@@ -19,6 +19,7 @@ import onnx_graphsurgeon as gs
 from lowrank_onnx.base import Factors, Moments, Site
 from lowrank_onnx.batches import batches, by_length
 from lowrank_onnx.building import Choice, build, factorize
+from lowrank_onnx.errors import LowRankError
 from lowrank_onnx.kept import Kept
 from lowrank_onnx.linalg import Array
 from lowrank_onnx.model import Model, Scope, reads
@@ -150,7 +151,13 @@ def refine(
                     plain_sums.add(technique.delivered(now, source), t)
                 t = t + _lost(task.skip, t, dense.values[batch], small.values[batch], rows)
                 (train_sums if batch < seen else held_sums).add(x, t)
-            fitted, choice, note = _refit(task.choice, now, train_sums, held_sums, plain_sums)
+            try:
+                fitted, choice, note = _refit(task.choice, now, train_sums, held_sums, plain_sums)
+            except (ArithmeticError, ValueError) as error:
+                raise LowRankError(
+                    f"refitting '{site.name}' with {technique.name} failed: {error}; leave the layer out with "
+                    f"--exclude '{site.name}', or all refits with --no-refine"
+                ) from error
             if not task.layer:
                 made[site.name], fresh[task.place], notes[site.name] = fitted, choice, note
             elif task.staged:

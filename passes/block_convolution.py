@@ -175,14 +175,14 @@ class BlockConvolution(ConvolutionPass):
 
     def refuse(self, site: Site) -> str | None:
         """See Pass.refuse."""
-        reason = super().refuse(site)
         group, shape = int(site.attributes["group"]), self._shape(site)
+        reason = super().refuse(site)
+        if group > 1 and min(shape[:2]) > 1:
+            return f"its channels are in {group} groups already"
         if group == 1 and math.prod(shape[2:]) > 1 and not self.forms(shape):
             sides = {_INPUTS: f"{shape[1]} inputs", _OUTPUTS: f"{shape[0]} outputs"}
             told = " or ".join(sides[axis] for axis in SIDES[self.form])
             return f"{told} of a {shape[1]} to {shape[0]} convolution do not fall into {self.groups or 2} equal groups"
-        if reason is None and group > 1:
-            return f"its channels are in {group} groups already"
         return reason
 
     def analyse(self, site: Site, moments: Mapping[str, Moments] | None) -> GroupedLayer:

@@ -273,6 +273,8 @@ class _Problem:
 
     def improve_first(self, a: Array, h: Array) -> Array:
         """Minimum over A: exactly for small factors, else conjugate gradients from A."""
+        if not h.any():
+            return a  # nothing reads it
         outputs, q, rank = h.shape
         p = len(a)
         flat = h.reshape(-1, rank)  # (O·Q, r)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -158,6 +159,16 @@ def test_ridged_error_never_rises(make_patches: MakePatches) -> None:
         lost = separable_als(weight, 5, gram, sweeps=sweeps, ridge=0.1, tolerance=0).weight().reshape(6, -1) - matrix
         errors.append(np.trace(lost @ ridged @ lost.T))
     assert np.all(np.diff(errors) < 0)
+
+
+@pytest.mark.parametrize("unknowns", [0, 10**6], ids=["conjugate gradients", "direct"])
+def test_nothing_is_wanted(make_patches: MakePatches, monkeypatch: pytest.MonkeyPatch, unknowns: int) -> None:
+    monkeypatch.setattr(module, "DIRECT_UNKNOWNS", unknowns)
+    x = make_patches(12, 100, 0)
+    start = separable(np.random.default_rng(0).standard_normal((4, 3, 2, 2)), 3)
+    start = dataclasses.replace(start, second=np.zeros_like(start.second))
+    made = separable_als(np.zeros((4, 3, 2, 2)), 3, x.T @ x, start=start)
+    assert made.error == 0 and not made.second.any() and np.isfinite(made.first).all()
 
 
 def test_no_other_factors_nearby_are_better(make_patches: MakePatches) -> None:

@@ -435,6 +435,7 @@ def test_refusals_tell_why() -> None:
     eight = "g (float[n,8,h,w] x) => (float[n,8,p,q] y) "
     conv = eight + "{ y = Conv(x, w) }"
     assert "channels are in 2 groups already" in refusal(eight + "{ y = Conv<group=2>(x, w) }", noise(8, 4, 3, 3))
+    assert "channels are in 4 groups already" in refusal(eight + "{ y = Conv<group=4>(x, w) }", noise(8, 2, 1, 3))
     assert "depthwise" in refusal(eight + "{ y = Conv<group=8>(x, w) }", noise(8, 1, 3, 3))
     assert "all zeros" in refusal(conv, np.zeros((8, 8, 3, 3), np.float32))
     assert "a 1 x 1 kernel" in refusal(conv, noise(8, 8, 1, 1))
